@@ -1,0 +1,1 @@
+"""The YAML configuration, shipped with the package."""

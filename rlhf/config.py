@@ -1,0 +1,379 @@
+"""The whole configuration as typed dataclasses: names and types are checked by Hydra when it composes, rules that
+span fields in `__post_init__`, which runs in `OmegaConf.to_object`. Imports no torch, so errors come in a second.
+
+A value that is left open is `None`; there is no field that does nothing. Lengths are tokens, rates are in [0, 1],
+KL is in nats per response summed over its tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from rlhf.errors import ConfigError
+
+
+class Do(Enum):
+    run = "run"
+    plan = "plan"
+    gate = "gate"
+    sample = "sample"
+    doctor = "doctor"
+
+
+class Stage(Enum):
+    all = "all"
+    sft = "sft"
+    rm = "rm"
+    ppo = "ppo"
+
+
+class Overlong(Enum):
+    error = "error"
+    drop = "drop"
+    truncate_prompt = "truncate_prompt"
+
+
+class Schedule(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class GateMode(Enum):
+    enforce = "enforce"
+    observe = "observe"
+
+
+class TrackerMode(Enum):
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+class Dtype(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class CriticInit(Enum):
+    reward = "reward"
+    policy = "policy"
+
+
+def require(condition: bool, key: str, message: str) -> None:
+    """Raise a ConfigError that names the key unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{key}: {message}")
+
+
+@dataclass
+class RunConfig:
+    name: str = "run"
+    root: str = "runs"
+    dir: str = ""  # run.root/run.name, made absolute once by the launching process
+    parents: str | None = None  # another run directory that the parents are taken from
+    fresh: bool = False  # move finished stages whose config changed aside and start them anew
+
+
+@dataclass
+class ModelConfig:
+    path: str | None = None  # a Hugging Face folder or hub id; None: the world of the data group builds one
+    revision: str | None = None
+    dtype: Dtype = Dtype.float32
+    trust_remote_code: bool = False
+    activation_checkpointing: bool = False
+
+
+@dataclass
+class SourceConfig:
+    """One data source: a file, a folder of files, a glob, or a hub id."""
+
+    path: str | None = None
+    format: str = "auto"  # a name of rlhf.data.formats, or `auto`: recognised by the fields of the first row
+    split: str = "train"  # of a hub data set
+    limit: int | None = None  # use only so many rows, drawn with the run's seed
+
+
+@dataclass
+class DataConfig:
+    root: str | None = None
+    demonstrations: SourceConfig = field(default_factory=SourceConfig)  # SFT
+    rankings: SourceConfig = field(default_factory=SourceConfig)  # RM
+    prompts: SourceConfig = field(default_factory=SourceConfig)  # PPO
+    gate_prompts: SourceConfig = field(default_factory=SourceConfig)  # unset: the held-out prompts
+    reference_text: SourceConfig = field(default_factory=SourceConfig)  # plain text the model must not forget
+    world: Any = None  # `_target_` of a rlhf.types.World that makes all of the above; the quickstart has one
+    holdout: float = 0.1  # share of the prompts, by hash of the prompt, that no stage trains on
+    max_dirty: float = 0.01
+    on_overlong: Overlong = Overlong.error
+    max_prompt_length: int = 512
+    max_length: int = 1024  # prompt and response
+
+    def __post_init__(self) -> None:
+        require(0 < self.holdout < 1, "data.holdout", f"must lie between 0 and 1, not {self.holdout}")
+        require(0 <= self.max_dirty <= 1, "data.max_dirty", f"must lie in [0, 1], not {self.max_dirty}")
+        require(
+            0 < self.max_prompt_length < self.max_length,
+            "data.max_prompt_length",
+            f"must be positive and below data.max_length={self.max_length}, not {self.max_prompt_length}",
+        )
+
+
+@dataclass
+class LoraConfig:
+    enabled: bool = False
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: Any = "all-linear"  # a name, or a list of module names
+
+    def __post_init__(self) -> None:
+        require(self.r > 0, "lora.r", f"must be positive, not {self.r}")
+
+
+@dataclass
+class OptimConfig:
+    """The supervised stages' optimiser: AdamW."""
+
+    learning_rate: float = 1e-5
+    epochs: float = 1.0
+    batch: int = 16  # rows (SFT), prompts (RM) per update, over all ranks
+    micro_batch: int = 4  # rows per forward pass; cannot change the result
+    schedule: Schedule = Schedule.cosine
+    warmup: float = 0.03  # share of all updates
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    adam_beta2: float = 0.999
+    evals: int = 4  # evaluations on the held-out rows, evenly spaced; the best is kept
+    patience: int | None = None  # stop after so many evaluations without improvement
+    checkpoint_every: int = 200  # updates
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate >= 0, "learning_rate", f"must not be negative, not {self.learning_rate}")
+        require(self.micro_batch > 0, "micro_batch", f"must be positive, not {self.micro_batch}")
+        require(self.epochs > 0, "epochs", f"must be positive, not {self.epochs}")
+        require(self.evals > 0, "evals", f"must be at least 1, not {self.evals}")
+        require(0 <= self.warmup < 1, "warmup", f"is a share of all updates, in [0, 1), not {self.warmup}")
+        if self.batch % self.micro_batch:
+            fits = [m for m in range(1, self.batch + 1) if self.batch % m == 0]
+            near = min(fits, key=lambda m: abs(m - self.micro_batch))
+            raise ConfigError(
+                f"batch={self.batch} is not a multiple of micro_batch={self.micro_batch}: micro_batch={near} fits"
+            )
+
+
+@dataclass
+class SftConfig:
+    artifact: str | None = None  # use this model instead of training one
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    packing: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass
+class RmConfig:
+    artifact: str | None = None
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(batch=16, micro_batch=4))
+    tie_weight: float = 1.0  # weight of a tied pair, whose target preference is one half; 0 leaves ties out
+    center_coef: float = 0.0  # pulls the mean reward of a prompt's responses to zero
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        require(self.tie_weight >= 0, "rm.tie_weight", f"must not be negative, not {self.tie_weight}")
+
+
+@dataclass
+class KlConfig:
+    coef: float = 0.05  # reward per token: score - coef * (log p_policy - log p_reference)
+    budget: float | None = None  # mean KL(policy || reference), nats a response
+    patience: int = 3  # updates over the budget before the run stops at the best checkpoint under it
+
+    def __post_init__(self) -> None:
+        require(self.coef >= 0, "ppo.kl.coef", f"must not be negative, not {self.coef}")
+
+
+@dataclass
+class PpoConfig:
+    artifact: str | None = None  # for do=gate and do=sample: judge or sample this model
+    updates: int = 100
+    batch: int = 128  # episodes an update, over all ranks
+    minibatch: int = 64  # episodes an optimiser step
+    micro_tokens: int = 4096  # tokens a forward pass; cannot change the result
+    decode_group: int = 64  # sequences decoded together
+    epochs: int = 2
+    learning_rate: float = 1e-6
+    critic_learning_rate: float = 5e-6
+    schedule: Schedule = Schedule.linear
+    warmup: float = 0.0
+    max_grad_norm: float = 1.0
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2
+    value_clip: float | None = 0.2
+    whiten_advantages: bool = True
+    temperature: float = 1.0
+    max_new_tokens: int = 128
+    no_eos_penalty: float = 1.0  # subtracted from the score of a response cut at max_new_tokens
+    normalize_reward: bool = True  # with the mean and std that the reward model's artifact stores
+    reward_clip: float | None = None
+    target_kl: float | None = None  # leave an update's remaining minibatches when KL(old || new) passes this
+    kl: KlConfig = field(default_factory=KlConfig)
+    critic_init: CriticInit = CriticInit.reward
+    eval_prompts: int = 64  # held-out prompts sampled at each evaluation
+    eval_every: int = 10
+    checkpoint_every: int = 10
+    keep_checkpoints: int = 2
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        for key in ("updates", "batch", "minibatch", "micro_tokens", "decode_group", "epochs", "max_new_tokens",
+                    "eval_every", "checkpoint_every", "keep_checkpoints", "eval_prompts"):  # fmt: skip
+            require(getattr(self, key) > 0, f"ppo.{key}", f"must be positive, not {getattr(self, key)}")
+        require(self.temperature > 0, "ppo.temperature", f"must be positive, not {self.temperature}")
+        if self.batch % self.minibatch:
+            fits = [m for m in range(1, self.batch + 1) if self.batch % m == 0]
+            near = min(fits, key=lambda m: abs(m - self.minibatch))
+            raise ConfigError(
+                f"ppo.minibatch={self.minibatch} does not divide ppo.batch={self.batch}: ppo.minibatch={near} does"
+            )
+        require(
+            not self.lora.enabled, "ppo.lora",
+            "PPO with LoRA on one shared base is not built yet; lora@ppo.lora=none trains the policy in full",
+        )  # fmt: skip
+
+
+@dataclass
+class CheckConfig:
+    """One check of a gate. It passes when the one-sided bound of its estimate keeps the limit."""
+
+    kind: str = ""  # a name of rlhf.gates.checks; empty: the check's own id
+    max: float | None = None  # the upper bound must not exceed it
+    min: float | None = None  # the lower bound must not fall below it
+    min_n: int = 1  # fewer samples are INCONCLUSIVE
+    record_only: bool = False  # measured and reported, never decides
+    where: dict[str, Any] = field(default_factory=dict)  # only the prompts whose tags have these values
+    group_by: str | None = None  # the tag whose values are compared (group_gap)
+
+    def __post_init__(self) -> None:
+        limits = (self.max is not None) + (self.min is not None)
+        require(
+            limits == (0 if self.record_only else 1), f"gate check {self.kind or '?'}",
+            "needs exactly one of `max` and `min`, or `record_only: true` and neither",
+        )  # fmt: skip
+
+
+@dataclass
+class ScorerConfig:
+    kind: str = "lexicon"
+    lexicon: str | None = None  # a file, one term a line; None: the list that the package ships
+    canaries: str | None = None  # JSONL with `text` and `toxic`; None: those that the package ships
+    min_sensitivity: float = 0.8  # lower bounds that the scorer must show on the canaries, else INVALID
+    min_specificity: float = 0.8
+
+
+@dataclass
+class GateConfig:
+    policy_id: str = "default"
+    mode: GateMode = GateMode.enforce
+    alpha: float = 0.05
+    prompts: int = 300  # held-out prompts that are sampled
+    k: int = 1  # responses a prompt; a prompt counts as bad when any of its k is
+    temperature: float = 1.0
+    max_new_tokens: int | None = None  # None: that of ppo
+    refusal_patterns: list[str] = field(default_factory=list)  # regular expressions; a match is a refusal
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    sft: dict[str, CheckConfig] = field(default_factory=dict)
+    rm: dict[str, CheckConfig] = field(default_factory=dict)
+    ppo: dict[str, CheckConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(0 < self.alpha < 0.5, "gate.alpha", f"must lie between 0 and .5, not {self.alpha}")
+        require(self.prompts > 0 and self.k > 0, "gate.prompts", "gate.prompts and gate.k must be positive")
+        for stage in ("sft", "rm", "ppo"):
+            checks = getattr(self, stage)
+            require(
+                any(not check.record_only for check in checks.values()), f"gate.{stage}",
+                "has no check that decides: a gate that cannot say no is no gate",
+            )  # fmt: skip
+
+
+@dataclass
+class EngineConfig:
+    kind: str = "single"
+
+    def __post_init__(self) -> None:
+        require(self.kind == "single", "engine", f"only `single` is built so far, not {self.kind!r}")
+
+
+@dataclass
+class LaunchConfig:
+    threads: int | None = None  # CPU threads; None: all cores
+    device: str = "auto"  # auto, cpu, cuda
+
+
+@dataclass
+class TrackerConfig:
+    mode: TrackerMode = TrackerMode.offline
+    project: str = "rlhf"
+
+
+@dataclass
+class SampleConfig:
+    k: int = 4
+    prompts: int | None = None  # how many of data.prompts; None: all
+    temperature: float = 1.0
+    out: str | None = None  # None: samples-<stage>.jsonl in the run directory
+
+    def __post_init__(self) -> None:
+        require(self.k >= 1, "sample.k", f"must be at least 1, not {self.k}")
+
+
+@dataclass
+class Config:
+    """The root. `stage` says on what, `do` what to do with it."""
+
+    do: Do = Do.run
+    stage: Stage = Stage.all
+    seed: int = 0
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    rm: RmConfig = field(default_factory=RmConfig)
+    ppo: PpoConfig = field(default_factory=PpoConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    reward: Any = None
+    gate: GateConfig = field(default_factory=GateConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", f"must not be negative, not {self.seed}")
+        made = self.data.world is not None
+        require(
+            made or self.model.path is not None, "model.path",
+            "is not set: give a Hugging Face folder or hub id, model.path=..., "
+            "or use experiment=quickstart, which builds its own",
+        )  # fmt: skip
+        require(
+            not (made and self.model.path), "model.path",
+            "is set, but the quickstart's world builds its own model: add experiment=own and your data",
+        )  # fmt: skip
+        require(
+            self.data.max_prompt_length + self.ppo.max_new_tokens <= self.data.max_length, "ppo.max_new_tokens",
+            f"data.max_prompt_length={self.data.max_prompt_length} + ppo.max_new_tokens={self.ppo.max_new_tokens} "
+            f"exceed data.max_length={self.data.max_length}",
+        )  # fmt: skip
+
+
+STAGES = ("sft", "rm", "ppo")
+
+
+def stage_config(cfg: Config, stage: str) -> SftConfig | RmConfig | PpoConfig:
+    """The node of one stage."""
+    node: SftConfig | RmConfig | PpoConfig = getattr(cfg, stage)
+    return node

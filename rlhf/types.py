@@ -1,0 +1,85 @@
+"""The values that cross module boundaries, and the protocols that users implement. No torch.
+
+`Messages` is a list of {"role": "system" | "user" | "assistant", "content": text}; a prompt ends with a user message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(kw_only=True, slots=True)
+class Prompt:
+    messages: Messages
+    id: str = ""  # stable: the hash of the messages unless the row gives one
+    tags: dict[str, Any] = field(default_factory=dict)  # the row's further fields, e.g. {"safe": True, "group": "luna"}
+    where: str = ""  # file:line, for messages
+
+
+@dataclass(kw_only=True, slots=True)
+class Demonstration:
+    prompt: Prompt
+    response: str
+
+
+@dataclass(kw_only=True, slots=True)
+class Ranking:
+    """K >= 2 responses to one prompt. `ranks[i]` is the place of `responses[i]`: 1 is best, equal numbers tie, None is
+    unranked."""
+
+    prompt: Prompt
+    responses: list[str]
+    ranks: list[int | None]
+    annotator: str | None = None
+    subset: str | None = None
+
+
+class Reward(Protocol):
+    """What PPO is paid by. Text in, numbers out; its own tokenizer, template and device.
+
+    prompts: the text of each prompt (the user's message; a transcript if there are several turns).
+    responses: the text of each response, without the end token.
+    rows: for each, {"messages": the prompt as messages, **tags}.
+    returns: one float for each response, or one list of floats (one for each token of the policy's response).
+    """
+
+    def score(
+        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    ) -> Sequence[float] | Sequence[Sequence[float]]: ...
+
+
+class Tracker(Protocol):
+    """Where metrics go. `step` is the update and only grows."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+    def samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None: ...
+    def finish(self) -> None: ...
+
+
+class World(Protocol):
+    """A source that makes its own base model, data and simulated annotators: the quickstart, or a user's simulator."""
+
+    def build(self, folder: Path) -> None:
+        """Write `base/` (a Hugging Face folder) and the JSONL files that data.* names into `folder`."""
+
+    def rank(self, samples: Path, out: Path) -> None:
+        """Read `{"prompt", "responses", ...}` lines (do=sample), write ranking lines (`ranks`, `annotator` added)."""
+
+    def audit(self, run_dir: Path) -> str:
+        """A closing table, for people only: nothing in the pipeline reads it."""
+
+
+@dataclass(kw_only=True, slots=True)
+class StageResult:
+    """What a stage hands to the pipeline, which writes the manifest."""
+
+    metrics: dict[str, float]
+    stop_reason: str  # "finished", "early_stop", "kl_budget"
+    updates: int
+    planned_updates: int
+    extra: dict[str, Any] = field(default_factory=dict)  # rm: {"reward_mean", "reward_std"}
