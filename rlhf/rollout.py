@@ -1,0 +1,259 @@
+"""Sampling responses and reading the log-probabilities of given ones: our own decode loop over `forward` and a cache.
+
+`generate()` of transformers can neither drop finished rows nor take noise of its own for each row, so the loop is here.
+A response depends on its prompt, its seed and the weights, never on its neighbours: each sample draws Gumbel noise from
+a generator of its own, and argmax(log p + noise) is a sample of p (Gumbel-max: Maddison et al., 1411.0030).
+
+Shapes: B rows, T tokens of a padded row, N response tokens of all rows of a micro-batch laid end to end, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import DynamicCache
+
+NOISE_BLOCK = 1 << 16  # numbers that one row's generator draws ahead: part of what a seed means
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How to sample. `temperature` 0 takes the likeliest token; `group` rows are decoded together."""
+
+    temperature: float
+    max_new_tokens: int
+    eos_id: int
+    group: int = 64
+
+
+@dataclass(kw_only=True, slots=True)
+class Response:
+    """Sampled token ids, the end token included if it came; `logprobs` at the sampling temperature; `finished` is False
+    for a response that was cut at `max_new_tokens`."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+@dataclass(kw_only=True, slots=True)
+class Rows:
+    """A right-padded micro-batch: no mask is needed, since a causal model never looks right."""
+
+    ids_BT: Tensor
+    take_N: Tensor  # places in the flattened [B*T] that predict a response token
+    targets_N: Tensor  # the tokens predicted there
+    counts: list[int]  # response tokens of each row, in row order
+
+
+def sample_seed(*parts: int | str) -> int:
+    """A seed in [0, 2**63) that is a stable hash of `parts`, e.g. (run seed, update, sample id)."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout off inside, as it was outside."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Cut rows of these lengths, sorted by length, into lists of row numbers of at most `max_tokens` padded tokens.
+
+    A row longer than `max_tokens` makes a list of its own. Longest first, so that memory runs out early or never.
+    """
+    cuts: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if cuts and lengths[cuts[-1][0]] * (len(cuts[-1]) + 1) <= max_tokens:
+            cuts[-1].append(row)
+        else:
+            cuts.append([row])
+    return cuts
+
+
+def collate(prompts: Sequence[list[int]], responses: Sequence[list[int]], device: torch.device) -> Rows:
+    """Prompt and response ids, joined and padded on the right. Token t of a row is predicted at place t - 1."""
+    longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    padded: list[list[int]] = []
+    take: list[int] = []
+    targets: list[int] = []
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        padded.append(prompt + response + [0] * (longest - len(prompt) - len(response)))
+        first = row * longest + len(prompt) - 1
+        take.extend(range(first, first + len(response)))
+        targets.extend(response)
+    return Rows(
+        ids_BT=torch.tensor(padded, device=device),
+        take_N=torch.tensor(take, dtype=torch.long, device=device),
+        targets_N=torch.tensor(targets, dtype=torch.long, device=device),
+        counts=[len(response) for response in responses],
+    )
+
+
+def response_logits(model: Any, rows: Rows) -> Tensor:
+    """logits_NV at the places that predict a response token, and nowhere else.
+
+    The hidden states are picked in front of the output layer, so that what a model does behind it (soft caps, scales)
+    still happens and no [B, T, V] tensor ever exists.
+    """
+
+    def pick(_module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden_BTH = args[0]
+        return (hidden_BTH.flatten(0, 1)[rows.take_N].unsqueeze(0),)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(pick)
+    try:
+        logits: Tensor = model(input_ids=rows.ids_BT, use_cache=False).logits
+    finally:
+        handle.remove()
+    return logits.squeeze(0)
+
+
+def token_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
+    """log p(target) at `temperature`, at least in fp32."""
+    return -functional.cross_entropy(widen(logits_NV) / temperature, targets_N, reduction="none")
+
+
+def widen(x: Tensor) -> Tensor:
+    """At least fp32: half-precision logits are not good enough to take a softmax of."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def sequence_logprobs(
+    model: Any,
+    prompts_ids: Sequence[list[int]],
+    responses_ids: Sequence[list[int]],
+    temperature: float = 1.0,
+    micro_tokens: int = 8192,
+) -> list[Tensor]:
+    """Log-probabilities of the response tokens: a CPU tensor [response length] a row, in order, no gradient."""
+    device = next(model.parameters()).device
+    out: list[Tensor] = [torch.empty(0)] * len(prompts_ids)
+    lengths = [len(p) + len(r) for p, r in zip(prompts_ids, responses_ids, strict=True)]
+    with torch.inference_mode(), evaluating(model):
+        for cut in micro_batches(lengths, micro_tokens):
+            rows = collate([prompts_ids[i] for i in cut], [responses_ids[i] for i in cut], device)
+            logp_N = token_logprobs(response_logits(model, rows), rows.targets_N, temperature).cpu()
+            for i, logp in zip(cut, torch.split(logp_N, rows.counts), strict=True):
+                out[i] = logp.clone()
+    return out
+
+
+def generate(model: Any, prompts_ids: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
+    """Sample one response for each prompt, in the order given. `seeds[i]` alone decides the noise of sample i."""
+    order = sorted(range(len(prompts_ids)), key=lambda i: (len(prompts_ids[i]), i))
+    out: list[Response | None] = [None] * len(order)
+    with torch.inference_mode(), evaluating(model):
+        for start in range(0, len(order), sampling.group):
+            group = order[start : start + sampling.group]
+            decoded = _Decoder(model, [prompts_ids[i] for i in group], [seeds[i] for i in group], sampling).run()
+            for i, response in zip(group, decoded, strict=True):
+                out[i] = response
+    return [response for response in out if response is not None]
+
+
+class _Noise:
+    """Gumbel noise for one row, drawn a block of steps ahead. fp64, since fp32 uniforms cut off the tail at 16.6."""
+
+    def __init__(self, seed: int, vocabulary: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.shape = (max(1, min(64, NOISE_BLOCK // vocabulary)), vocabulary)
+
+    def block(self) -> Tensor:
+        uniform = torch.rand(self.shape, generator=self.generator, dtype=torch.float64)
+        return uniform.log_().neg_().log_().neg_()
+
+
+class _Decoder:
+    """One decode group: prompts padded on the left, rows leave as they finish."""
+
+    def __init__(self, model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling) -> None:
+        self.model, self.sampling = model, sampling
+        self.device = next(model.parameters()).device
+        longest = max(len(prompt) for prompt in prompts)
+        lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        self.ids_BT = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=self.device)
+        place_T = torch.arange(longest, device=self.device)
+        start_B1 = (longest - lengths_B).unsqueeze(1)
+        # Masks come from lengths, never from `ids != pad`: the pad token may be a real one.
+        self.mask_BT = (place_T >= start_B1).long()
+        self.position_BT = (place_T - start_B1).clamp(min=0)
+        self.padded = longest > min(len(prompt) for prompt in prompts)
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self.cache = DynamicCache(config=model.config)
+        self.rows = list(range(len(prompts)))  # the row of the group that each row of the batch is
+        self.seeds = list(seeds)
+        self.noise: list[_Noise] = []
+        self.ids: list[list[int]] = [[] for _ in prompts]
+        self.logprobs: list[list[float]] = [[] for _ in prompts]
+        self.finished = [False] * len(prompts)
+
+    def run(self) -> list[Response]:
+        for step in range(self.sampling.max_new_tokens):
+            logits_BV = widen(self._forward())
+            if self.sampling.temperature > 0:
+                logits_BV = logits_BV / self.sampling.temperature
+            logp_BV = logits_BV.log_softmax(-1)
+            greedy = self.sampling.temperature == 0
+            token_B = (logp_BV if greedy else logp_BV + self._noise(step, logp_BV)).argmax(-1)
+            logp_B = logp_BV.gather(1, token_B.unsqueeze(1)).squeeze(1)
+            tokens, logprobs = token_B.tolist(), logp_B.tolist()
+            for row, token, logprob in zip(self.rows, tokens, logprobs, strict=True):
+                self.ids[row].append(token)
+                self.logprobs[row].append(logprob)
+                self.finished[row] = token == self.sampling.eos_id
+            if not self._advance(token_B, tokens):
+                break
+        triples = zip(self.ids, self.logprobs, self.finished, strict=True)
+        return [Response(ids=ids, logprobs=logprobs, finished=finished) for ids, logprobs, finished in triples]
+
+    def _forward(self) -> Tensor:
+        extra: dict[str, Any] = {}
+        if self.padded:
+            extra["attention_mask"] = self.mask_BT
+        if self.takes_positions:
+            extra["position_ids"] = self.position_BT
+        out = self.model(
+            input_ids=self.ids_BT, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **extra
+        )  # fmt: skip
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def _noise(self, step: int, like_BV: Tensor) -> Tensor:
+        if not self.noise:
+            self.noise = [_Noise(seed, like_BV.shape[1]) for seed in self.seeds]
+        at = step % self.noise[0].shape[0]
+        if at == 0:
+            self.block_BSV = torch.stack([self.noise[row].block() for row in self.rows]).to(like_BV)
+        return self.block_BSV[:, at]
+
+    def _advance(self, token_B: Tensor, tokens: list[int]) -> bool:
+        """Drop the rows that have just finished and set up the next step; False when none is left."""
+        keep = [i for i, token in enumerate(tokens) if token != self.sampling.eos_id]
+        if not keep:
+            return False
+        position_B1 = self.position_BT[:, -1:] + 1
+        if len(keep) < len(tokens):
+            keep_K = torch.tensor(keep, device=self.device)
+            self.cache.batch_select_indices(keep_K)
+            token_B, position_B1, self.mask_BT = token_B[keep_K], position_B1[keep_K], self.mask_BT[keep_K]
+            self.rows = [self.rows[i] for i in keep]
+            if self.sampling.temperature > 0:
+                self.block_BSV = self.block_BSV[keep_K]
+        self.ids_BT, self.position_BT = token_B.unsqueeze(1), position_B1
+        self.mask_BT = torch.cat([self.mask_BT, self.mask_BT.new_ones(len(keep), 1)], 1)
+        return True
