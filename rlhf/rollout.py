@@ -24,7 +24,7 @@ from transformers import DynamicCache
 NOISE_BLOCK = 1 << 16  # numbers that one row's generator draws ahead: part of what a seed means
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How to sample. `temperature` 0 takes the likeliest token; `group` rows are decoded together."""
 
@@ -54,7 +54,7 @@ class Rows:
     counts: list[int]  # response tokens of each row, in row order
 
 
-def sample_seed(*parts: int | str) -> int:
+def seed_of(*parts: int | str) -> int:
     """A seed in [0, 2**63) that is a stable hash of `parts`, e.g. (run seed, update, sample id)."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

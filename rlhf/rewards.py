@@ -1,0 +1,120 @@
+"""Building the configured reward and checking what it returns, so that a fault in it is named and not trained on."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import ConfigError, TrainingError
+from rlhf.plugins import check_arguments, find
+from rlhf.types import Reward
+
+Score = float | list[float]
+
+
+@dataclass(kw_only=True, slots=True)
+class BuiltReward:
+    """A reward and the mean and standard deviation of its scores; `None` where none are known."""
+
+    reward: Reward
+    mean: float | None
+    std: float | None
+
+
+def check_reward(node: Any, model: Path | None = None) -> dict[str, Any]:
+    """The arguments that the `reward` node's class is made with, checked against its signature; nothing is loaded.
+
+    `model`, the run's reward model, goes to a class that takes `artifact` where the node leaves that open. ConfigError
+    names the key.
+    """
+    target = find(node, "reward")
+    arguments = {str(key): value for key, value in node.items() if key != "_target_"}
+    if model is not None and "artifact" in inspect.signature(target).parameters:
+        arguments.setdefault("artifact", str(model))
+    check_arguments(target, arguments, "reward")
+    if inspect.isclass(target) and not callable(getattr(target, "score", None)):
+        raise ConfigError(f"reward._target_: {target.__name__} has no method score(prompts, responses, rows)")
+    return arguments
+
+
+def build_reward(node: Any, model: Path | None = None, extra: Mapping[str, Any] | None = None) -> BuiltReward:
+    """Build the configured reward. `model` is the run's reward model and `extra` what its manifest stores about it."""
+    arguments = check_reward(node, model)
+    reward = find(node, "reward")(**arguments)
+    if not callable(getattr(reward, "score", None)):
+        raise ConfigError(
+            f"reward._target_: {node['_target_']} gave a {type(reward).__name__} without score(prompts, responses, "
+            "rows); a plain function goes through reward._target_=reward_models.function.FunctionReward"
+        )
+    own = model is not None and arguments.get("artifact") == str(model)
+    stored = dict(extra or {}) if own else {}
+    mean = stored.get("reward_mean", getattr(reward, "mean", None))
+    std = stored.get("reward_std", getattr(reward, "std", None))
+    if mean is None or std is None:
+        return BuiltReward(reward=reward, mean=None, std=None)
+    if not std > 0:
+        raise ConfigError(f"the stored reward_std is {std}: train the reward model again or ppo.normalize_reward=false")
+    return BuiltReward(reward=reward, mean=float(mean), std=float(std))
+
+
+def checked_scores(
+    reward: Reward,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    lengths: Sequence[int],
+) -> list[Score]:
+    """The scores of `reward`, or a TrainingError that names the row (by `names`) and what is wrong with its score.
+
+    lengths: tokens of each response, which a list of per-token scores must match.
+    """
+    who = type(reward).__name__
+    try:
+        scores = list(reward.score(prompts, responses, rows))
+    except Exception as error:  # a plug-in may raise anything; it is re-raised with the row that causes it
+        row = _row_that_fails(reward, prompts, responses, rows)
+        where = f"on row {names[row]}" if row is not None else f"on {len(prompts)} rows together, on none alone"
+        raise TrainingError(f"reward {who} raised {type(error).__name__} {where}: {error}") from error
+    if len(scores) != len(responses):
+        first = names[min(len(scores), len(names) - 1)]
+        raise TrainingError(
+            f"reward {who} returned {len(scores)} scores for {len(responses)} responses; "
+            f"{'row ' + first + ' is the first without one' if len(scores) < len(responses) else 'one each is needed'}"
+        )
+    return [_number_or_list(score, f"reward {who}, row {name}", n)
+            for score, name, n in zip(scores, names, lengths, strict=True)]  # fmt: skip
+
+
+def _row_that_fails(
+    reward: Reward, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> int | None:
+    for i in range(len(prompts)):
+        try:
+            reward.score(prompts[i : i + 1], responses[i : i + 1], rows[i : i + 1])
+        except Exception:  # the same fault, now of one row
+            return i
+    return None
+
+
+def _number_or_list(score: Any, where: str, length: int) -> Score:
+    """`score` as a float or a list of `length` floats, all finite."""
+    if isinstance(score, str) or score is None:
+        raise TrainingError(f"{where}: the score is {score!r}, not a number")
+    try:
+        values = [float(value) for value in score] if hasattr(score, "__len__") else float(score)
+    except (TypeError, ValueError) as error:
+        raise TrainingError(f"{where}: the score is not a number or a list of numbers: {error}") from error
+    if isinstance(values, list):
+        if len(values) != length:
+            raise TrainingError(f"{where}: {len(values)} per-token scores for a response of {length} tokens")
+        bad = next((value for value in values if not math.isfinite(value)), None)
+    else:
+        bad = None if math.isfinite(values) else values
+    if bad is not None:
+        raise TrainingError(f"{where}: the score is {bad}")
+    return values
