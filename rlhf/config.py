@@ -1,5 +1,5 @@
-"""The whole configuration as typed dataclasses: names and types are checked by Hydra when it composes, rules that
-span fields in `__post_init__`, which runs in `OmegaConf.to_object`. Imports no torch, so errors come in a second.
+"""The whole configuration as typed dataclasses: names and types are checked by Hydra when it composes, ranges and rules
+that span fields by each class's `check`, which `check_all` calls with the node's dotted key. Imports no torch.
 
 A value that is left open is `None`; there is no field that does nothing. Lengths are tokens, rates are in [0, 1],
 KL is in nats per response summed over its tokens.
@@ -7,6 +7,7 @@ KL is in nats per response summed over its tokens.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -111,12 +112,12 @@ class DataConfig:
     max_prompt_length: int = 512
     max_length: int = 1024  # prompt and response
 
-    def __post_init__(self) -> None:
-        require(0 < self.holdout < 1, "data.holdout", f"must lie between 0 and 1, not {self.holdout}")
-        require(0 <= self.max_dirty <= 1, "data.max_dirty", f"must lie in [0, 1], not {self.max_dirty}")
+    def check(self, key: str) -> None:
+        require(0 < self.holdout < 1, f"{key}.holdout", f"must lie between 0 and 1, not {self.holdout}")
+        require(0 <= self.max_dirty <= 1, f"{key}.max_dirty", f"must lie in [0, 1], not {self.max_dirty}")
         require(
             0 < self.max_prompt_length < self.max_length,
-            "data.max_prompt_length",
+            f"{key}.max_prompt_length",
             f"must be positive and below data.max_length={self.max_length}, not {self.max_prompt_length}",
         )
 
@@ -129,8 +130,8 @@ class LoraConfig:
     dropout: float = 0.0
     target_modules: Any = "all-linear"  # a name, or a list of module names
 
-    def __post_init__(self) -> None:
-        require(self.r > 0, "lora.r", f"must be positive, not {self.r}")
+    def check(self, key: str) -> None:
+        require(self.r > 0, f"{key}.r", f"must be positive, not {self.r}")
 
 
 @dataclass
@@ -150,17 +151,18 @@ class OptimConfig:
     patience: int | None = None  # stop after so many evaluations without improvement
     checkpoint_every: int = 200  # updates
 
-    def __post_init__(self) -> None:
-        require(self.learning_rate >= 0, "learning_rate", f"must not be negative, not {self.learning_rate}")
-        require(self.micro_batch > 0, "micro_batch", f"must be positive, not {self.micro_batch}")
-        require(self.epochs > 0, "epochs", f"must be positive, not {self.epochs}")
-        require(self.evals > 0, "evals", f"must be at least 1, not {self.evals}")
-        require(0 <= self.warmup < 1, "warmup", f"is a share of all updates, in [0, 1), not {self.warmup}")
+    def check(self, key: str) -> None:
+        require(self.learning_rate >= 0, f"{key}.learning_rate", f"must not be negative, not {self.learning_rate}")
+        require(self.micro_batch > 0, f"{key}.micro_batch", f"must be positive, not {self.micro_batch}")
+        require(self.epochs > 0, f"{key}.epochs", f"must be positive, not {self.epochs}")
+        require(self.evals > 0, f"{key}.evals", f"must be at least 1, not {self.evals}")
+        require(0 <= self.warmup < 1, f"{key}.warmup", f"is a share of all updates, in [0, 1), not {self.warmup}")
         if self.batch % self.micro_batch:
             fits = [m for m in range(1, self.batch + 1) if self.batch % m == 0]
             near = min(fits, key=lambda m: abs(m - self.micro_batch))
             raise ConfigError(
-                f"batch={self.batch} is not a multiple of micro_batch={self.micro_batch}: micro_batch={near} fits"
+                f"{key}.micro_batch={self.micro_batch} does not divide {key}.batch={self.batch}: "
+                f"{key}.micro_batch={near} does"
             )
 
 
@@ -180,8 +182,8 @@ class RmConfig:
     center_coef: float = 0.0  # pulls the mean reward of a prompt's responses to zero
     lora: LoraConfig = field(default_factory=LoraConfig)
 
-    def __post_init__(self) -> None:
-        require(self.tie_weight >= 0, "rm.tie_weight", f"must not be negative, not {self.tie_weight}")
+    def check(self, key: str) -> None:
+        require(self.tie_weight >= 0, f"{key}.tie_weight", f"must not be negative, not {self.tie_weight}")
 
 
 @dataclass
@@ -190,8 +192,8 @@ class KlConfig:
     budget: float | None = None  # mean KL(policy || reference), nats a response
     patience: int = 3  # updates over the budget before the run stops at the best checkpoint under it
 
-    def __post_init__(self) -> None:
-        require(self.coef >= 0, "ppo.kl.coef", f"must not be negative, not {self.coef}")
+    def check(self, key: str) -> None:
+        require(self.coef >= 0, f"{key}.coef", f"must not be negative, not {self.coef}")
 
 
 @dataclass
@@ -227,19 +229,19 @@ class PpoConfig:
     keep_checkpoints: int = 2
     lora: LoraConfig = field(default_factory=LoraConfig)
 
-    def __post_init__(self) -> None:
-        for key in ("updates", "batch", "minibatch", "micro_tokens", "decode_group", "epochs", "max_new_tokens",
+    def check(self, key: str) -> None:
+        for name in ("updates", "batch", "minibatch", "micro_tokens", "decode_group", "epochs", "max_new_tokens",
                     "eval_every", "checkpoint_every", "keep_checkpoints", "eval_prompts"):  # fmt: skip
-            require(getattr(self, key) > 0, f"ppo.{key}", f"must be positive, not {getattr(self, key)}")
-        require(self.temperature > 0, "ppo.temperature", f"must be positive, not {self.temperature}")
+            require(getattr(self, name) > 0, f"{key}.{name}", f"must be positive, not {getattr(self, name)}")
+        require(self.temperature > 0, f"{key}.temperature", f"must be positive, not {self.temperature}")
         if self.batch % self.minibatch:
             fits = [m for m in range(1, self.batch + 1) if self.batch % m == 0]
             near = min(fits, key=lambda m: abs(m - self.minibatch))
             raise ConfigError(
-                f"ppo.minibatch={self.minibatch} does not divide ppo.batch={self.batch}: ppo.minibatch={near} does"
+                f"{key}.minibatch={self.minibatch} does not divide {key}.batch={self.batch}: {key}.minibatch={near} does"
             )
         require(
-            not self.lora.enabled, "ppo.lora",
+            not self.lora.enabled, f"{key}.lora",
             "PPO with LoRA on one shared base is not built yet; lora@ppo.lora=none trains the policy in full",
         )  # fmt: skip
 
@@ -256,10 +258,10 @@ class CheckConfig:
     where: dict[str, Any] = field(default_factory=dict)  # only the prompts whose tags have these values
     group_by: str | None = None  # the tag whose values are compared (group_gap)
 
-    def __post_init__(self) -> None:
+    def check(self, key: str) -> None:
         limits = (self.max is not None) + (self.min is not None)
         require(
-            limits == (0 if self.record_only else 1), f"gate check {self.kind or '?'}",
+            limits == (0 if self.record_only else 1), key,
             "needs exactly one of `max` and `min`, or `record_only: true` and neither",
         )  # fmt: skip
 
@@ -288,13 +290,13 @@ class GateConfig:
     rm: dict[str, CheckConfig] = field(default_factory=dict)
     ppo: dict[str, CheckConfig] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        require(0 < self.alpha < 0.5, "gate.alpha", f"must lie between 0 and .5, not {self.alpha}")
-        require(self.prompts > 0 and self.k > 0, "gate.prompts", "gate.prompts and gate.k must be positive")
+    def check(self, key: str) -> None:
+        require(0 < self.alpha < 0.5, f"{key}.alpha", f"must lie between 0 and .5, not {self.alpha}")
+        require(self.prompts > 0 and self.k > 0, f"{key}.prompts", "gate.prompts and gate.k must be positive")
         for stage in ("sft", "rm", "ppo"):
             checks = getattr(self, stage)
             require(
-                any(not check.record_only for check in checks.values()), f"gate.{stage}",
+                any(not check.record_only for check in checks.values()), f"{key}.{stage}",
                 "has no check that decides: a gate that cannot say no is no gate",
             )  # fmt: skip
 
@@ -303,8 +305,8 @@ class GateConfig:
 class EngineConfig:
     kind: str = "single"
 
-    def __post_init__(self) -> None:
-        require(self.kind == "single", "engine", f"only `single` is built so far, not {self.kind!r}")
+    def check(self, key: str) -> None:
+        require(self.kind == "single", key, f"only `single` is built so far, not {self.kind!r}")
 
 
 @dataclass
@@ -326,8 +328,8 @@ class SampleConfig:
     temperature: float = 1.0
     out: str | None = None  # None: samples-<stage>.jsonl in the run directory
 
-    def __post_init__(self) -> None:
-        require(self.k >= 1, "sample.k", f"must be at least 1, not {self.k}")
+    def check(self, key: str) -> None:
+        require(self.k >= 1, f"{key}.k", f"must be at least 1, not {self.k}")
 
 
 @dataclass
@@ -351,8 +353,8 @@ class Config:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
-    def __post_init__(self) -> None:
-        require(self.seed >= 0, "seed", f"must not be negative, not {self.seed}")
+    def check(self, key: str) -> None:
+        require(self.seed >= 0, f"{key}seed", f"must not be negative, not {self.seed}")
         made = self.data.world is not None
         require(
             made or self.model.path is not None, "model.path",
@@ -371,6 +373,21 @@ class Config:
 
 
 STAGES = ("sft", "rm", "ppo")
+
+
+def check_all(node: Any, key: str = "") -> None:
+    """Run every `check` of a configuration tree, leaves first, each with the dotted key of its node."""
+    for item in dataclasses.fields(node):
+        value = getattr(node, item.name)
+        name = f"{key}.{item.name}" if key else item.name
+        if dataclasses.is_dataclass(value):
+            check_all(value, name)
+        elif isinstance(value, dict):
+            for entry, inner in value.items():
+                if dataclasses.is_dataclass(inner):
+                    check_all(inner, f"{name}.{entry}")
+    if hasattr(node, "check"):
+        node.check(key)
 
 
 def stage_config(cfg: Config, stage: str) -> SftConfig | RmConfig | PpoConfig:

@@ -1,0 +1,70 @@
+"""`python -m rlhf`: compose the configuration, check it, and hand it to a fresh process that does the work.
+
+This process never imports torch, so that help and every config error answer in about a second.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from rlhf.errors import ConfigError, RLHFError
+
+
+class JobFailed(Exception):
+    """The work ended with a code other than 0. An exception, since Hydra runs a sweep's jobs in this process and
+    `sys.exit` in one would end the others."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"exit code {code}")
+        self.code = code
+
+
+def main() -> None:
+    """The console script `rlhf`."""
+    sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank")))]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own short form and exits 1
+    sys.exit(_compose_and_run())
+
+
+def _compose_and_run() -> int:
+    import hydra
+    from omegaconf import DictConfig
+
+    from rlhf.compose import CONF_DIR, friendly, register, to_config
+    from rlhf.launch import launch, resolve_run_dir
+
+    register()
+    codes: list[int] = []
+
+    @hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="config")
+    def job(cfg: DictConfig) -> None:
+        config = to_config(cfg)
+        resolve_run_dir(config)
+        code = launch(config)
+        codes.append(code)
+        if code:
+            raise JobFailed(code)
+
+    try:
+        job()
+    except JobFailed as failed:
+        return failed.code
+    except KeyboardInterrupt:
+        return ConfigError.exit_code
+    except Exception as error:
+        shown = friendly(error)
+        if shown is None:
+            raise
+        return report(shown)
+    return next((code for code in codes if code), 0)
+
+
+def report(error: RLHFError) -> int:
+    """Print the one message of a user error and give its exit code."""
+    sys.stderr.write(f"error: {error}\n")
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""From the command line to a checked `Config`: the schema for Hydra, and Hydra's errors in one line each. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlhf.config import Config, check_all
+from rlhf.errors import ConfigError, RLHFError
+
+CONF_DIR = str(Path(__file__).resolve().parent.parent / "conf")
+
+
+def register() -> None:
+    """Make the dataclasses Hydra's schema: names and types are then checked while it composes."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def schema_keys(cls: Any = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the schema."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        key = prefix + field.name
+        yield key
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from schema_keys(hints[field.name], key + ".")
+
+
+def stray_keys(cfg: Any, cls: Any = Config, prefix: str = "") -> Iterator[str]:
+    """Keys that `+key=...` added where the schema has none; `to_object` would drop them in silence."""
+    hints = typing.get_type_hints(cls)
+    for key in cfg:
+        hint = hints.get(str(key))
+        if hint is None:
+            yield f"{prefix}{key}"
+        elif dataclasses.is_dataclass(hint) and OmegaConf.is_config(cfg[key]):
+            yield from stray_keys(cfg[key], hint, f"{prefix}{key}.")
+        elif typing.get_origin(hint) is dict and dataclasses.is_dataclass(typing.get_args(hint)[1]):
+            for name, item in cfg[key].items():
+                yield from stray_keys(item, typing.get_args(hint)[1], f"{prefix}{key}.{name}.")
+
+
+def to_config(cfg: DictConfig) -> Config:
+    """The composed tree as dataclasses, all rules checked."""
+    stray = next(stray_keys(cfg), None)
+    if stray:
+        raise ConfigError(unknown_key(stray))
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, Config)
+    check_all(config)
+    return config
+
+
+def unknown_key(key: str) -> str:
+    """The message for a key that does not exist, with its nearest neighbour."""
+    key = re.sub(r"^\++", "", key)
+    keys = list(schema_keys())
+    leaf = key.rpartition(".")[2]
+    near = difflib.get_close_matches(key, keys, 1, 0.6)
+    near = near or [k for k in keys if k.rpartition(".")[2] in difflib.get_close_matches(leaf, [leaf], 1)][:1]
+    near = near or [k for k in keys if difflib.SequenceMatcher(None, leaf, k.rpartition(".")[2]).ratio() > 0.7][:1]
+    hint = f"; did you mean {near[0]}?" if near else "; `--cfg job` lists every key"
+    return f"{key}: no such key{hint}"
+
+
+def friendly(error: BaseException) -> RLHFError | None:
+    """What the user should read for an error of the composition; None if it is not one of those."""
+    chain = []
+    at: BaseException | None = error
+    while at is not None and at not in chain:
+        chain.append(at)
+        at = at.__cause__ or at.__context__
+    for link in chain:
+        if isinstance(link, RLHFError):
+            return link
+    for link in reversed(chain):
+        if isinstance(link, OmegaConfBaseException):
+            return ConfigError(_omegaconf_message(link))
+    hydra_link = next((link for link in chain if isinstance(link, HydraException)), None)
+    return ConfigError(_hydra_message(str(hydra_link))) if hydra_link else None
+
+
+def _omegaconf_message(error: OmegaConfBaseException) -> str:
+    key = str(error.full_key or error.key or "")
+    text = str(error.msg or error).split("\n")[0]
+    if "not in" in text and ("Key" in text or "key" in text):
+        return unknown_key(key)
+    return f"{key}: {text}" if key else text
+
+
+def _hydra_message(text: str) -> str:
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    override = re.search(r"Could not override '([^']+)'", text)
+    if override:
+        return unknown_key(override.group(1))
+    missing = re.search(r"Could not find '([^']+)'", text)
+    if missing:
+        group, _, option = missing.group(1).rpartition("/")
+        folder = Path(CONF_DIR) / group
+        options = sorted(p.stem for p in folder.glob("*.yaml")) if folder.is_dir() else []
+        near = difflib.get_close_matches(option, options, 1)
+        hint = f"; did you mean {group}={near[0]}?" if near else ""
+        return f"{group or option}: no option {option!r}; there are {', '.join(options) or 'none'}{hint}"
+    return " ".join(lines)[:600]

@@ -1,0 +1,86 @@
+"""The data of a run, validated and fitted to the model's token limits before any weight is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import Config, SourceConfig
+from rlhf.context import StageData
+from rlhf.data import (
+    Loaded,
+    check_dirty,
+    fit_lengths,
+    load_demonstrations,
+    load_gate_prompts,
+    load_prompts,
+    load_rankings,
+    load_reference_text,
+)
+from rlhf.render import Renderer, load_tokenizer
+from rlhf.types import Demonstration, Prompt, Ranking
+
+
+class Inputs:
+    """The rows of one run as one model's tokenizer sees them. Each part is read when first asked for."""
+
+    def __init__(self, cfg: Config, tokenizer_path: Path | str) -> None:
+        self.data, self.seed = cfg.data, cfg.seed
+        self.renderer = Renderer(load_tokenizer(tokenizer_path, cfg.model))
+
+    def has(self, source: str) -> bool:
+        """True if the configuration names this source, or another that it is derived from."""
+        named: SourceConfig = getattr(self.data, source)
+        if source == "prompts":
+            return any(getattr(self.data, s).path for s in ("prompts", "rankings", "demonstrations"))
+        return named.path is not None
+
+    @cached_property
+    def demonstrations(self) -> Loaded[Demonstration]:
+        return self._fit(load_demonstrations(self.data, self.seed), response_too=True)
+
+    @cached_property
+    def rankings(self) -> Loaded[Ranking]:
+        return self._fit(load_rankings(self.data, self.seed), response_too=True)
+
+    @cached_property
+    def prompts(self) -> Loaded[Prompt]:
+        return self._fit(load_prompts(self.data, self.seed), response_too=False)
+
+    @cached_property
+    def gate_prompts(self) -> list[Prompt]:
+        return load_gate_prompts(self.data, self.seed)
+
+    @cached_property
+    def reference_text(self) -> list[str]:
+        return load_reference_text(self.data, self.seed) if self.has("reference_text") else []
+
+    def _fit(self, loaded: Any, *, response_too: bool) -> Any:
+        fit_lengths(loaded, self.renderer, self.data, response_too=response_too)
+        check_dirty(loaded.report, self.data)
+        return loaded
+
+    def for_stage(self, stage: str) -> StageData:
+        """What one stage and its gate read; everything is loaded, so a bad file is an error now."""
+        return StageData(
+            demonstrations=self.demonstrations if self.has("demonstrations") else None,
+            rankings=self.rankings if stage == "rm" else None,
+            prompts=self.prompts if stage == "ppo" else None,
+            gate_prompts=self.gate_prompts if self.has("prompts") else [],
+            reference_text=self.reference_text,
+        )
+
+    def fingerprint(self, stage: str) -> dict[str, Any]:
+        """Digests of the rows that a stage trains on, and how they were chosen."""
+        source = {"sft": "demonstrations", "rm": "rankings", "ppo": "prompts"}[stage]
+        loaded = getattr(self, source)
+        chosen = dataclasses.asdict(getattr(self.data, source))
+        files = sorted(loaded.report.digests.values())
+        if stage == "rm" and self.has("demonstrations"):  # rewards are normalised on them
+            files += sorted(self.demonstrations.report.digests.values())
+        return {
+            "files": files, "template": self.renderer.digest,
+            "format": chosen["format"], "split": chosen["split"], "limit": chosen["limit"],
+        }  # fmt: skip

@@ -1,0 +1,131 @@
+"""Between a stage and the next: run the gate once for an artifact and a policy, keep its verdict, replay it after.
+
+A verdict is bound to the artifact's digest and to the digest of the policy's part for that stage. Its own id is the
+hash of its content and stands in the ledger, so an edited verdict is found out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.artifacts import canonical, read_json, sha256_text, write_json, write_text
+from rlhf.config import Config
+from rlhf.console import say, show
+from rlhf.errors import GateError, Inconclusive, Invalid, LineageError
+from rlhf.gates import GateRequest, judge, policy_digest, verdict_table
+from rlhf.manifest import VERDICT, describe_environment, model_folder, read_manifest
+
+if TYPE_CHECKING:
+    from rlhf.pipeline import Run
+
+KINDS: dict[str, type[GateError]] = {"FAIL": GateError, "INCONCLUSIVE": Inconclusive, "INVALID": Invalid}
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A stage's verdict as the pipeline acts on it."""
+
+    stage: str
+    decision: str
+    record: dict[str, Any]
+    path: Path
+
+    @property
+    def passed(self) -> bool:
+        return self.decision == "PASS"
+
+    def error(self) -> GateError:
+        """The error that a verdict other than PASS ends the command with."""
+        bad = [c for c in self.record["checks"] if c["status"] == self.decision]
+        lines = [f"{c['id']}: {c['reason']}" for c in bad] or [self.record.get("reason", "see the verdict")]
+        return KINDS[self.decision](
+            f"the {self.stage} gate says {self.decision}\n  " + "\n  ".join(lines) + f"\n  {self.path}"
+        )
+
+
+def judge_stage(run: Run, stage: str, manifest: dict[str, Any]) -> Judgement:
+    """The stored verdict for this artifact under this policy, or a new one."""
+    folder = run.dir / stage
+    digest, policy = manifest["digest"], policy_digest(run.cfg.gate, stage)
+    stored = _read_verdict(run, folder, stage)
+    if stored and stored["artifact"]["digest"] == digest and stored["policy_digest"] == policy:
+        say(f"{stage}: gate: {stored['decision']}, replayed from {stored['finished']}: same artifact, same policy")
+        return Judgement(stage, stored["decision"], stored, folder / VERDICT)
+    if stored and stored["policy_digest"] != policy:
+        say(f"{stage}: gate: the policy changed since the last verdict: judging again")
+    verdict = judge(_request(run, stage, manifest))
+    record = {**verdict.to_json(), "environment": describe_environment(), "prev_ledger_hash": run.ledger.head}
+    record["verdict_id"] = sha256_text(canonical(record))
+    write_text(folder / "gate_samples.jsonl", "".join(canonical(row) + "\n" for row in verdict.samples))
+    write_json(folder / VERDICT, record)
+    run.ledger.append("verdict", stage=stage, verdict_id=record["verdict_id"], decision=record["decision"],
+                      artifact=digest, policy=policy)  # fmt: skip
+    show(verdict_table(record))
+    return Judgement(stage, record["decision"], record, folder / VERDICT)
+
+
+def check_verdict(run: Run, stage: str, manifest: dict[str, Any]) -> Judgement:
+    """A parent's verdict. None at all is an error; one under another policy is made anew."""
+    folder = run.folder(stage)
+    if not (folder / VERDICT).exists():
+        raise LineageError(
+            f"{stage}: has no verdict in {folder}, so nothing may be built on it; "
+            f"`python -m rlhf do=gate stage={stage} run.name={run.cfg.run.name}` judges it"
+        )
+    if folder == run.dir / stage:
+        return judge_stage(run, stage, manifest)
+    stored = _read_verdict(run, folder, stage)
+    assert stored is not None
+    if stored["artifact"]["digest"] != manifest["digest"] or stored["policy_digest"] != policy_digest(
+        run.cfg.gate, stage
+    ):
+        raise LineageError(
+            f"{stage}: the verdict in {folder} is for another artifact or policy; judge it in its own run first "
+            f"(do=gate stage={stage} run.name=...)"
+        )
+    return Judgement(stage, stored["decision"], stored, folder / VERDICT)
+
+
+def _read_verdict(run: Run, folder: Path, stage: str) -> dict[str, Any] | None:
+    """The verdict on disk, after checking that it is the one that the gate wrote."""
+    path = folder / VERDICT
+    if not path.exists():
+        return None
+    try:
+        record = dict(read_json(path))
+        body = {key: value for key, value in record.items() if key != "verdict_id"}
+        genuine = record["verdict_id"] == sha256_text(canonical(body))
+    except (ValueError, KeyError) as error:
+        raise LineageError(
+            f"{path}: not a readable verdict ({error}); delete it and judge again with do=gate"
+        ) from error
+    from rlhf.ledger import Ledger
+
+    ledger = run.ledger if folder.parent == run.dir else Ledger(folder.parent / "ledger.jsonl")
+    entered = ledger.last("verdict", stage)
+    if not genuine or entered is None or entered["verdict_id"] != record["verdict_id"]:
+        raise LineageError(
+            f"{path}: is not the verdict that the ledger holds (edited, or another run's); delete it and judge again "
+            f"with do=gate stage={stage}"
+        )
+    return record
+
+
+def _request(run: Run, stage: str, manifest: dict[str, Any]) -> GateRequest:
+    cfg: Config = run.cfg
+    inputs = run.inputs(stage)
+    data = inputs.for_stage(stage)
+    heldout = data.rankings.heldout if data.rankings else []
+    parents = {"base": Path(run.base())}
+    for name in ("sft", "rm"):
+        if name != stage and read_manifest(run.folder(name)) is not None:
+            parents[name] = run.model(name)
+    return GateRequest(
+        stage=stage, model=model_folder(run.dir / stage, manifest), digest=manifest["digest"], parents=parents,
+        prompts=data.gate_prompts, rankings=heldout,
+        demonstrations=data.demonstrations.heldout if data.demonstrations else [],
+        reference_text=data.reference_text, policy=cfg.gate, model_config=cfg.model, ppo=cfg.ppo, seed=cfg.seed,
+        device=run.device,
+    )  # fmt: skip

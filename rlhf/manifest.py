@@ -1,0 +1,139 @@
+"""manifest.json: what an artifact is, what made it, and whether it is still what it was.
+
+The fingerprint says what a stage was asked to do: its resolved configuration without what cannot change the result,
+the digests of its data and parents, and the recipe version of its code. The digest says what came out.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rlhf.artifacts import canonical, folder_digest, read_json, sha256_text
+from rlhf.config import Config, stage_config
+from rlhf.errors import LineageError
+from rlhf.launch import to_plain
+
+MANIFEST = "manifest.json"
+STARTED = "started.json"  # the inputs of a stage that is at work; becomes part of the manifest
+VERDICT = "verdict.json"
+SCHEMA = "rlhf-manifest/1"
+
+# Cannot change the result: how the work is cut, how often it is saved, what an imported model is called.
+NEUTRAL = frozenset({"artifact", "micro_batch", "micro_tokens", "checkpoint_every", "keep_checkpoints"})
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "deepspeed", "accelerate", "tokenizers", "numpy")
+
+
+def without_neutral(value: Any) -> Any:
+    """A config node without the keys that cannot change the result."""
+    if isinstance(value, dict):
+        return {key: without_neutral(item) for key, item in value.items() if key not in NEUTRAL}
+    return value
+
+
+def stage_inputs(cfg: Config, stage: str, recipe: int, data: dict[str, Any], parents: dict[str, str]) -> dict[str, Any]:
+    """Everything that decides a stage's result; `data` and `parents` hold digests."""
+    plain = to_plain(cfg)
+    rules = {key: plain["data"][key] for key in ("holdout", "on_overlong", "max_prompt_length", "max_length")}
+    inputs = {
+        "stage": stage, "recipe": recipe, "seed": cfg.seed, "config": without_neutral(plain[stage]),
+        "model": {key: plain["model"][key] for key in ("dtype", "revision")},
+        "data": {**data, "rules": rules}, "parents": parents,
+    }  # fmt: skip
+    if stage == "ppo":
+        inputs["reward"] = plain["reward"]
+    return inputs
+
+
+def fingerprint(inputs: dict[str, Any]) -> str:
+    return sha256_text(canonical(inputs))
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """The keys under which two inputs differ, as `key: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{prefix}{key}.")]
+    return [] if old == new else [f"{_readable(prefix[:-1])}: {_short(old)} -> {_short(new)}"]
+
+
+def _readable(key: str) -> str:
+    """`config.optim.batch` is what the user knows as `<stage>.optim.batch`."""
+    return key.removeprefix("config.")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def model_folder(folder: Path, manifest: dict[str, Any]) -> Path:
+    """Where the artifact's model lies: `model/`, or the imported folder."""
+    return Path(manifest["imported"]) if manifest.get("imported") else folder / "model"
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest in a stage's folder, None if the stage has not finished."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = read_json(path)
+        assert manifest["schema"] == SCHEMA
+    except (ValueError, KeyError, AssertionError, TypeError) as error:
+        raise LineageError(f"{path}: not a readable manifest of this version ({error})") from error
+    return dict(manifest)
+
+
+def check_intact(folder: Path, manifest: dict[str, Any], mend: str) -> None:
+    """Raise LineageError unless the artifact's files are those of the manifest."""
+    model = model_folder(folder, manifest)
+    if not model.is_dir():
+        raise LineageError(f"{model}: the model of {manifest['stage']} is gone; {mend}")
+    if folder_digest(model) != manifest["digest"]:
+        raise LineageError(f"{model}: its files are not those that {folder / MANIFEST} describes (altered); {mend}")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Package versions, git commit and whether the checkout was dirty."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {"python": platform.python_version(), "packages": versions, "cpu": platform.processor(), **_git()}
+
+
+def _git() -> dict[str, Any]:
+    root = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        status = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=root, capture_output=True, text=True, timeout=10, check=True,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return {"git": None, "dirty": None}
+    return {"git": commit, "dirty": bool(status.strip())}
+
+
+def new_manifest(cfg: Config, stage: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The fields that are known before the stage has run."""
+    node = stage_config(cfg, stage)
+    return {
+        "schema": SCHEMA, "stage": stage, "recipe": inputs["recipe"], "fingerprint": fingerprint(inputs),
+        "inputs": inputs, "parents": inputs["parents"], "imported": None, "base_model": cfg.model.path or "world",
+        "tuning": "lora" if node.lora.enabled else "full", "seed": cfg.seed,
+        "started": now(),
+    }  # fmt: skip
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

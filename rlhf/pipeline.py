@@ -1,0 +1,377 @@
+"""The graph of a run: world -> sft -> (rankings) -> rm -> ppo, each stage trained, published, judged, then trusted.
+
+Skip, resume or refuse: a finished stage with the same fingerprint is skipped, an unfinished one resumed, a finished one
+whose inputs changed refused. No stage starts before every parent is intact and holds a passing verdict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rlhf.artifacts import (
+    atomic_folder,
+    folder_digest,
+    is_intact,
+    latest_checkpoint,
+    read_json,
+    seal,
+    write_json,
+)
+from rlhf.config import STAGES, Config, GateMode, stage_config
+from rlhf.console import say
+from rlhf.context import Context
+from rlhf.errors import ConfigError, LineageError, TrainingError
+from rlhf.inputs import Inputs
+from rlhf.judging import Judgement, check_verdict, judge_stage
+from rlhf.ledger import Ledger
+from rlhf.manifest import (
+    MANIFEST,
+    STARTED,
+    check_intact,
+    describe_environment,
+    differences,
+    fingerprint,
+    model_folder,
+    new_manifest,
+    now,
+    read_manifest,
+    stage_inputs,
+)
+from rlhf.models import pick_device
+from rlhf.plugins import build
+from rlhf.sampling import sample_rankings
+from rlhf.signals import stop_asked
+from rlhf.tracking import open_tracker
+from rlhf.types import World
+
+PARENTS = {"sft": (), "rm": ("sft",), "ppo": ("sft", "rm")}
+
+
+class Run:
+    """One run directory and the configuration that works on it."""
+
+    def __init__(self, cfg: Config, *, read_only: bool = False) -> None:
+        self.cfg = cfg
+        self.dir = Path(cfg.run.dir)
+        if not read_only:
+            self._make_directory()
+        self.ledger = Ledger(self.dir / "ledger.jsonl")
+        self.device = pick_device(cfg.launch)
+        self.world: World | None = build(cfg.data.world, "data.world", seed=cfg.seed) if cfg.data.world else None
+        self._inputs: dict[str, Inputs] = {}
+
+    def _make_directory(self) -> None:
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            probe = self.dir / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir: {self.dir} cannot be written ({error.strerror}): choose run.root=..."
+            ) from error
+        import fcntl
+
+        self._lock = (self.dir / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir: another process is at work in {self.dir}: wait, or use run.name=..."
+            ) from error
+
+    # ---- where things lie
+
+    def folder(self, stage: str) -> Path:
+        """The stage's folder: in this run, or, for a parent that this run does not have, in run.parents."""
+        own = self.dir / stage
+        if self.cfg.run.parents and not (own / MANIFEST).exists() and not (own / STARTED).exists():
+            other = Path(self.cfg.run.parents) / stage
+            if (other / MANIFEST).exists() or (stage == "world" and other.is_dir()):
+                return other
+        return own
+
+    def base(self) -> Path | str:
+        """The pretrained model."""
+        return self.folder("world") / "base" if self.world else str(self.cfg.model.path)
+
+    def model(self, stage: str) -> Path:
+        """The model folder of a finished or imported stage."""
+        artifact = stage_config(self.cfg, stage).artifact
+        if artifact:
+            return local_model(artifact, f"{stage}.artifact")
+        manifest = read_manifest(self.folder(stage))
+        if manifest is None:
+            raise LineageError(f"{stage}: no finished artifact in {self.folder(stage)}; {mend(self.cfg, stage)}")
+        return model_folder(self.folder(stage), manifest)
+
+    def inputs(self, stage: str) -> Inputs:
+        """The data as the model that this stage starts from tokenizes it."""
+        start: Path | str = self.base()
+        if stage != "sft":
+            made = stage_config(self.cfg, "sft").artifact or read_manifest(self.folder("sft"))
+            start = self.model("sft") if made else start
+        key = str(start)
+        if key not in self._inputs:
+            inputs = Inputs(self.cfg, start)
+            same = [i for i in self._inputs.values() if i.renderer.digest == inputs.renderer.digest]
+            self._inputs[key] = same[0] if same else inputs
+        return self._inputs[key]
+
+    # ---- the world: base model, data files, simulated annotators
+
+    def build_world(self) -> None:
+        """Make the world's base model and files unless they are there, and point the data sources at them."""
+        if self.world is None:
+            return
+        folder = self.folder("world")
+        if not folder.is_dir():
+            say("world: building the base model and the data")
+            with atomic_folder(folder) as part:
+                self.world.build(part)
+                seal(part)
+        elif not is_intact(folder):
+            raise LineageError(f"{folder}: its files were altered; delete the folder and run again to rebuild it")
+        made = read_json(folder / "world.json") if (folder / "world.json").exists() else None
+        if made is not None and made.get("seed") != getattr(self.world, "seed", None):
+            raise ConfigError(
+                f"data.world.seed: {folder} was built with seed {made.get('seed')}; use run.name=... for another world"
+            )
+        self.cfg.data.root = str(folder)
+
+    def rank_samples(self) -> None:
+        """Let the world's annotators rank samples of the SFT policy: an artifact with a manifest of its own."""
+        if self.world is None:
+            return
+        folder = self.folder("rankings")
+        parent = read_manifest(self.folder("sft"))
+        assert parent is not None
+        wanted = {"sft": parent["digest"], "sample": dataclasses.asdict(self.cfg.sample), "seed": self.cfg.seed}
+        manifest = read_manifest(folder)
+        if manifest is None or manifest["inputs"] != wanted:
+            folder = self.dir / "rankings"
+            with atomic_folder(folder) as part:
+                sample_rankings(self.cfg, self.model("sft"), self.inputs("rm"), self.device, part / "samples.jsonl")
+                self.world.rank(part / "samples.jsonl", part / "rankings.jsonl")
+                seal(part)
+                write_json(part / MANIFEST, {"schema": "rlhf-manifest/1", "stage": "rankings", "inputs": wanted,
+                                             "parents": {"sft": parent["digest"]}, "finished": now()})  # fmt: skip
+            self.ledger.append("finished", stage="rankings", sft=parent["digest"])
+        self.use_rankings()
+
+    def use_rankings(self) -> None:
+        """Point data.rankings at the annotators' rankings, once they are there."""
+        path = self.folder("rankings") / "rankings.jsonl"
+        if self.world is not None and path.exists():
+            self.cfg.data.rankings.path = str(path)
+
+    # ---- one stage
+
+    def validate(self, stages: tuple[str, ...]) -> None:
+        """Read every file that the stages will need, before any weight is loaded."""
+        for stage in stages:
+            if stage_config(self.cfg, stage).artifact:
+                continue
+            if stage == "rm" and self.world:
+                continue  # its rankings are yet to be sampled
+            self.inputs(stage).for_stage(stage)
+
+    def run_stage(self, stage: str) -> Judgement:
+        """Bring one stage to a finished, judged artifact, doing only what is left to do."""
+        for parent in PARENTS[stage]:
+            self.require(parent)
+        if stage_config(self.cfg, stage).artifact:
+            manifest = self.import_artifact(stage)
+        else:
+            manifest = self._finish_stage(stage)
+        judgement = judge_stage(self, stage, manifest)
+        self.stamp(stage, judgement)
+        return judgement
+
+    def require(self, stage: str) -> Judgement:
+        """A parent must be intact, of this lineage and judged; its verdict must pass unless gates only observe."""
+        if stage_config(self.cfg, stage).artifact:
+            return self._judge_imported(stage)
+        folder = self.folder(stage)
+        manifest = read_manifest(folder)
+        if manifest is None:
+            raise LineageError(f"{stage}: no finished artifact in {folder}; {mend(self.cfg, stage)}")
+        self.check_intact(stage, manifest)
+        for name, digest in manifest["parents"].items():
+            held = read_manifest(self.folder(name)) if name in STAGES else None
+            if held is not None and held["digest"] != digest:
+                raise LineageError(
+                    f"{stage}: was trained from another {name} than {self.folder(name)} holds; {mend(self.cfg, stage)}"
+                )
+        judgement = check_verdict(self, stage, manifest)
+        if not judgement.passed and self.cfg.gate.mode is GateMode.enforce:
+            raise LineageError(
+                f"{stage}: its gate says {judgement.decision}, so nothing may be built on it. See {folder}/verdict.json, "
+                f"mend the cause and train it again, or look on with gate.mode=observe"
+            )
+        return judgement
+
+    def check_intact(self, stage: str, manifest: dict[str, Any]) -> None:
+        """Raise LineageError unless the stage's files are those of its manifest."""
+        folder = self.folder(stage)
+        check_intact(folder, manifest, f"restore it, or delete {folder} and run again")
+
+    def _judge_imported(self, stage: str) -> Judgement:
+        judgement = judge_stage(self, stage, self.import_artifact(stage))
+        self.stamp(stage, judgement)
+        if not judgement.passed and self.cfg.gate.mode is GateMode.enforce:
+            raise judgement.error()
+        return judgement
+
+    def import_artifact(self, stage: str) -> dict[str, Any]:
+        """Record the user's own model as this stage's artifact."""
+        model = self.model(stage)
+        folder = self.dir / stage
+        digest = folder_digest(model)
+        manifest = read_manifest(folder)
+        if manifest is not None and manifest.get("imported") == str(model) and manifest["digest"] == digest:
+            return manifest
+        if manifest is not None:
+            self._set_aside_or_refuse(stage, [f"{stage}.artifact: {manifest.get('imported')} -> {model}"])
+        folder.mkdir(exist_ok=True)
+        inputs = {"stage": stage, "recipe": 0, "imported": str(model), "parents": {}}
+        manifest = {**new_manifest(self.cfg, stage, inputs), "imported": str(model), "digest": digest,
+                    "tuning": "imported", "finished": now(), "stop_reason": "imported", "metrics": {}, "extra": {}}  # fmt: skip
+        write_json(folder / MANIFEST, manifest)
+        self.ledger.append("imported", stage=stage, digest=digest, path=str(model))
+        return manifest
+
+    def _finish_stage(self, stage: str) -> dict[str, Any]:
+        """Skip, resume or run; returns the manifest of the finished stage."""
+        if stage == "rm":
+            self.rank_samples()
+        module = importlib.import_module(f"stages.{stage}")
+        inputs = self.stage_inputs_of(stage, module.RECIPE)
+        folder = self.dir / stage
+        manifest = read_manifest(folder)
+        if manifest is not None:
+            changed = differences(manifest["inputs"], inputs)
+            if not changed:
+                self.check_intact(stage, manifest)
+                say(
+                    f"{stage}: skipped: finished {manifest['finished']} with the same inputs {manifest['fingerprint'][:19]}"
+                )
+                return manifest
+            self._set_aside_or_refuse(stage, changed)
+        elif (folder / STARTED).exists():
+            changed = differences(read_json(folder / STARTED)["inputs"], inputs)
+            if changed:
+                self._set_aside_or_refuse(stage, changed)
+        return self._train(stage, module.run, inputs)
+
+    def stage_inputs_of(self, stage: str, recipe: int) -> dict[str, Any]:
+        parents = {name: self._digest_of(name) for name in PARENTS[stage]}
+        if stage == "sft":
+            base = Path(self.base())
+            parents["base"] = folder_digest(local_model(str(base), "model.path"))
+        return stage_inputs(self.cfg, stage, recipe, self.inputs(stage).fingerprint(stage), parents)
+
+    def _digest_of(self, stage: str) -> str:
+        manifest = read_manifest(self.dir / stage if stage_config(self.cfg, stage).artifact else self.folder(stage))
+        assert manifest is not None
+        return str(manifest["digest"])
+
+    def _set_aside_or_refuse(self, stage: str, changed: list[str]) -> None:
+        folder = self.dir / stage
+        if not self.cfg.run.fresh:
+            raise ConfigError(
+                f"{stage}: {folder} was made under another configuration:\n  " + "\n  ".join(changed[:12])
+                + "\nChoose another run.name=..., or run.fresh=true, which keeps the old one aside"
+            )  # fmt: skip
+        number = 1 + sum(1 for _ in self.dir.glob(f"{stage}.old-*"))
+        folder.rename(self.dir / f"{stage}.old-{number}")
+        self.ledger.append("set_aside", stage=stage, to=f"{stage}.old-{number}", changed=changed[:12])
+        say(f"{stage}: the old artifact is kept as {stage}.old-{number}")
+
+    def _train(self, stage: str, train: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Any]:
+        folder = self.dir / stage
+        folder.mkdir(exist_ok=True)
+        resumed, _ = latest_checkpoint(folder / "checkpoints")
+        say(f"{stage}: {f'resumed from {resumed.name}' if resumed else 'started'}")
+        manifest = new_manifest(self.cfg, stage, inputs)
+        if not (folder / STARTED).exists():
+            write_json(folder / STARTED, {"inputs": inputs, "started": manifest["started"]})
+        self.ledger.append("resumed" if resumed else "started", stage=stage, fingerprint=manifest["fingerprint"])
+        data = self.inputs(stage).for_stage(stage)
+        write_json(folder / "data_report.json", self._data_report(stage))
+        names = {"group": self.cfg.run.name, "stage": stage, "folder": str(folder)}
+        tracker = open_tracker(self.cfg.tracker, folder, names, inputs)
+        try:
+            result = train(self.cfg, Context(
+                stage=stage, folder=folder, parents=self._parent_models(stage), parent_extra=self._parent_extra(stage),
+                data=data, renderer=self.inputs(stage).renderer, device=self.device, tracker=tracker, stopping=stop_asked,
+            ))  # fmt: skip
+        finally:
+            tracker.finish()
+        if result.updates < result.planned_updates and result.stop_reason == "finished":
+            raise TrainingError(
+                f"{stage}: ended after {result.updates} of {result.planned_updates} updates without a reason"
+            )
+        renderer = self.inputs(stage).renderer
+        manifest |= {
+            "digest": folder_digest(folder / "model"), "metrics": result.metrics, "extra": result.extra,
+            "stop_reason": result.stop_reason, "updates": result.updates, "planned_updates": result.planned_updates,
+            "tokenizer": {"digest": renderer.digest, "eos_id": renderer.eos_id, "pad_id": renderer.pad_id},
+            "data_report": self._data_report(stage), "environment": describe_environment(), "finished": now(),
+        }  # fmt: skip
+        write_json(folder / MANIFEST, manifest)
+        (folder / STARTED).unlink()
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        self.ledger.append("finished", stage=stage, digest=manifest["digest"], stop_reason=result.stop_reason)
+        return manifest
+
+    def _data_report(self, stage: str) -> Any:
+        source = {"sft": "demonstrations", "rm": "rankings", "ppo": "prompts"}[stage]
+        return getattr(self.inputs(stage), source).report.to_json()
+
+    def _parent_models(self, stage: str) -> dict[str, Path]:
+        if stage == "sft":
+            return {"base": local_model(str(self.base()), "model.path")}
+        return {name: self.model(name) for name in PARENTS[stage]}
+
+    def _parent_extra(self, stage: str) -> dict[str, dict[str, Any]]:
+        return {name: (read_manifest(self.folder(name)) or {}).get("extra", {}) for name in PARENTS[stage]}
+
+    def stamp(self, stage: str, judgement: Judgement) -> None:
+        """Say in the manifest whether the artifact and all that it came from passed."""
+        folder = self.dir / stage
+        manifest = read_manifest(folder)
+        if manifest is None:
+            return
+        above = [(read_manifest(self.folder(name)) or {}).get("status") for name in PARENTS[stage]]
+        status = "PROMOTED" if judgement.passed and all(s == "PROMOTED" for s in above) else "UNPROMOTED"
+        if manifest.get("status") != status:
+            write_json(folder / MANIFEST, {**manifest, "status": status})
+            self.ledger.append("promotion", stage=stage, status=status, digest=manifest["digest"])
+
+
+def local_model(path: str, key: str) -> Path:
+    """A local folder for a path or hub id; a ConfigError that names `key` if there is none."""
+    if Path(path).is_dir():
+        return Path(path).resolve()
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise ConfigError(f"{key}: {path} is not a folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, local_files_only=bool(os.environ.get("HF_HUB_OFFLINE"))))
+    except Exception as error:  # the hub's client raises many kinds: not found, gated, offline, timeout
+        first = str(error).split("\n")[0]
+        raise ConfigError(f"{key}: {path} is neither a folder nor a hub model that can be had: {first}") from error
+
+
+def mend(cfg: Config, stage: str) -> str:
+    """The command that makes a stage's artifact."""
+    name = "" if cfg.run.name == "run" else f" run.name={cfg.run.name}"
+    return f"`python -m rlhf stage={stage}{name}` makes it"

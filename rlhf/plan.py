@@ -1,0 +1,111 @@
+"""do=plan: the graph with what would happen at each stage, batch arithmetic, and bytes by role. Loads no weights."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rlhf.artifacts import latest_checkpoint, read_json
+from rlhf.config import Config, Dtype, stage_config
+from rlhf.errors import RLHFError
+from rlhf.manifest import STARTED, differences, read_manifest
+from rlhf.pipeline import PARENTS, Run
+
+MIB = 1024**2
+
+
+def plan_tables(run: Run, stages: tuple[str, ...]) -> Iterator[Table]:
+    """The tables in the order in which they are shown."""
+    yield _graph(run, stages)
+    yield _batches(run.cfg)
+    yield _memory(run)
+
+
+def _graph(run: Run, stages: tuple[str, ...]) -> Table:
+    table = Table(title="stages", title_justify="left")
+    for column in ("stage", "parents", "would be", "why"):
+        table.add_column(column, overflow="fold")
+    dirty: set[str] = set()
+    if run.world is not None and not run.folder("world").is_dir():
+        table.add_row("world", "", "built", "base model, data and annotators of the quickstart")
+        dirty.add("world")
+    else:
+        run.build_world()
+    for stage in stages:
+        action, why = _action(run, stage, dirty)
+        if action != "skipped":
+            dirty.add(stage)
+        table.add_row(stage, ", ".join(PARENTS[stage]) or "base", action, why)
+    return table
+
+
+def _action(run: Run, stage: str, dirty: set[str]) -> tuple[str, str]:
+    """What do=run would do with a stage, given which nodes before it would be made anew."""
+    if stage_config(run.cfg, stage).artifact:
+        return "imported", str(stage_config(run.cfg, stage).artifact)
+    folder = run.dir / stage
+    manifest = read_manifest(folder)
+    changed_parents = dirty & {*PARENTS[stage], "world"}
+    if manifest is None and not (folder / STARTED).exists():
+        return "run", "not made yet"
+    if changed_parents:
+        return "refused", f"{', '.join(sorted(changed_parents))} would change; run.fresh=true or another run.name"
+    if stage == "rm":
+        run.use_rankings()
+    try:
+        recipe = importlib.import_module(f"stages.{stage}").RECIPE
+        inputs = run.stage_inputs_of(stage, recipe)
+    except RLHFError as error:
+        return "refused", str(error).split("\n")[0]
+    if manifest is not None:
+        changed = differences(manifest["inputs"], inputs)
+        return ("refused", "; ".join(changed[:3])) if changed else ("skipped", f"finished {manifest['finished']}")
+    if differences(read_json(folder / STARTED)["inputs"], inputs):
+        return "refused", "unfinished under another configuration; run.fresh=true or another run.name"
+    checkpoint, _ = latest_checkpoint(folder / "checkpoints")
+    return ("resumed", f"from {checkpoint.name}") if checkpoint else ("run", "unfinished, no checkpoint yet")
+
+
+def _batches(cfg: Config) -> Table:
+    table = Table(title="batches", title_justify="left")
+    for column in ("stage", "an update", "cut into", "length"):
+        table.add_column(column, overflow="fold")
+    for stage, unit in (("sft", "rows"), ("rm", "prompts")):
+        optim = getattr(cfg, stage).optim
+        table.add_row(
+            stage, f"{optim.batch} {unit}", f"{optim.batch // optim.micro_batch} × {optim.micro_batch}",
+            f"{optim.epochs:g} epochs",
+        )  # fmt: skip
+    ppo = cfg.ppo
+    table.add_row(
+        "ppo", f"{ppo.batch} episodes", f"{ppo.epochs} epochs × {ppo.batch // ppo.minibatch} minibatches of {ppo.minibatch}",
+        f"{ppo.updates} updates = {ppo.updates * ppo.batch:,} episodes, {ppo.updates * ppo.epochs * ppo.batch // ppo.minibatch:,} steps",
+    )  # fmt: skip
+    return table
+
+
+def _memory(run: Run) -> Table:
+    """Bytes of weights, gradients and Adam's two moments by role; activations come on top."""
+    table = Table(title="memory on one rank, without activations", title_justify="left")
+    for column in ("role", "parameters", "weights MiB", "gradients MiB", "optimizer MiB", "checkpoint MiB"):
+        table.add_column(column, justify="right")
+    base = run.base()
+    if run.world is not None and not Path(base).is_dir():
+        table.add_row("built by the world on the first run", *[""] * 5)
+        return table
+    config = AutoConfig.from_pretrained(base, trust_remote_code=run.cfg.model.trust_remote_code)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    size = 4 if run.cfg.model.dtype is Dtype.float32 else 2
+    weights = count * size / MIB
+    roles = [("sft model", True), ("rm model", True), ("ppo policy", True), ("ppo critic", True),
+             ("ppo reference", False), ("ppo reward", False)]  # fmt: skip
+    for role, trained in roles:
+        cells = [weights, weights if trained else 0, 2 * weights if trained else 0, 3 * weights if trained else 0]
+        table.add_row(role, f"{count:,}", *(f"{cell:,.1f}" for cell in cells))
+    return table

@@ -1,0 +1,159 @@
+"""What `do=` can be: each verb one function from a checked configuration to an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from rich.table import Table
+
+from rlhf.artifacts import read_json, write_json, write_text
+from rlhf.config import STAGES, Config, Do, GateMode, Stage
+from rlhf.console import say, show
+from rlhf.doctor import examine
+from rlhf.errors import ConfigError, LineageError, RLHFError, TrainingError
+from rlhf.judging import Judgement, judge_stage
+from rlhf.launch import to_plain
+from rlhf.manifest import model_folder, read_manifest
+from rlhf.pipeline import Run
+from rlhf.plan import plan_tables
+from rlhf.sampling import sample_rankings
+
+AUDIT = "audit.json"
+
+
+def dispatch(cfg: Config) -> int:
+    """Do what `cfg.do` says; the exit code."""
+    torch.set_num_threads(cfg.launch.threads or os.cpu_count() or 1)
+    verbs = {Do.run: run, Do.plan: plan, Do.gate: gate, Do.sample: sample, Do.doctor: doctor}
+    try:
+        return verbs[cfg.do](cfg)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise TrainingError(
+                f"the disk is full ({error.filename or cfg.run.dir}): nothing that was saved before is lost. "
+                "Free some space and run the same command again"
+            ) from error
+        raise
+
+
+def chosen(cfg: Config) -> tuple[str, ...]:
+    return STAGES if cfg.stage is Stage.all else (cfg.stage.value,)
+
+
+def run(cfg: Config) -> int:
+    """do=run: bring the chosen stages to finished, judged artifacts."""
+    work = Run(cfg)
+    stages = chosen(cfg)
+    work.build_world()
+    work.validate(stages)
+    write_text(work.dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_plain(cfg))))
+    failed: list[Judgement] = []
+    for stage in stages:
+        judgement = work.run_stage(stage)
+        if not judgement.passed:
+            failed.append(judgement)
+            if cfg.gate.mode is GateMode.enforce:
+                break
+    if work.world is not None and not (failed and cfg.gate.mode is GateMode.enforce):
+        audit(work)
+    show(summary(work))
+    if failed:
+        raise failed[0].error()
+    say(next_step(cfg, stages))
+    return 0
+
+
+def audit(work: Run) -> None:
+    """The world's closing table once the policy is there, kept beside the models that it was made for."""
+    made = {stage: read_manifest(work.folder(stage)) for stage in STAGES}
+    if work.world is None or not all(made.values()):
+        return
+    digests = {stage: manifest["digest"] for stage, manifest in made.items() if manifest}
+    path = work.dir / AUDIT
+    stored = read_json(path) if path.exists() else {}
+    if stored.get("models") != digests:
+        stored = {"models": digests, "text": work.world.audit(work.dir)}
+        write_json(path, stored)
+    say(stored["text"])
+
+
+def summary(work: Run) -> Table:
+    """What was made, the verdicts, where it lies."""
+    table = Table(title=f"run {work.cfg.run.name}", title_justify="left")
+    for column in ("stage", "status", "verdict", "stopped by", "model"):
+        table.add_column(column, overflow="fold")
+    for stage in STAGES:
+        manifest = read_manifest(work.folder(stage))
+        if manifest is None:
+            table.add_row(stage, "not made", "", "", "")
+            continue
+        verdict = work.folder(stage) / "verdict.json"
+        decision = read_json(verdict)["decision"] if verdict.exists() else "none"
+        model = model_folder(work.folder(stage), manifest)
+        where = os.path.relpath(model) if model.is_relative_to(Path.cwd()) else str(model)
+        table.add_row(stage, manifest.get("status", ""), decision, manifest["stop_reason"], where)
+    return table
+
+
+def next_step(cfg: Config, stages: tuple[str, ...]) -> str:
+    following = STAGES[STAGES.index(stages[-1]) + 1 :]
+    if following:
+        return f"next: python -m rlhf stage={following[0]} run.name={cfg.run.name}"
+    return "next: load ppo/model with AutoModelForCausalLM.from_pretrained, or look at it with rlhf.load_run"
+
+
+def plan(cfg: Config) -> int:
+    """do=plan: what would be skipped, resumed or run, and what it needs; loads no weights, writes nothing."""
+    for table in plan_tables(Run(cfg, read_only=True), chosen(cfg)):
+        show(table)
+    return 0
+
+
+def gate(cfg: Config) -> int:
+    """do=gate: judge a stored artifact, or any model folder given as <stage>.artifact."""
+    if cfg.stage is Stage.all:
+        raise ConfigError("stage: do=gate judges one stage's artifact: add stage=sft, rm or ppo")
+    work, stage = Run(cfg), cfg.stage.value
+    work.build_world()
+    if stage == "rm":
+        work.use_rankings()
+    if getattr(cfg, stage).artifact:
+        manifest = work.import_artifact(stage)
+    else:
+        manifest = read_manifest(work.dir / stage) or {}
+        if not manifest:
+            raise LineageError(
+                f"{stage}: no finished artifact in {work.dir / stage}; give {stage}.artifact=path to judge one"
+            )
+        work.check_intact(stage, manifest)
+    judgement = judge_stage(work, stage, manifest)
+    work.stamp(stage, judgement)
+    if not judgement.passed:
+        raise judgement.error()
+    return 0
+
+
+def sample(cfg: Config) -> int:
+    """do=sample: K responses a prompt from a stage's policy, as JSONL ready to be ranked."""
+    if cfg.stage not in (Stage.sft, Stage.ppo):
+        raise ConfigError("stage: do=sample draws from a policy: add stage=sft or stage=ppo")
+    work, stage = Run(cfg), cfg.stage.value
+    work.build_world()
+    out = Path(cfg.sample.out) if cfg.sample.out else work.dir / f"samples-{stage}.jsonl"
+    count = sample_rankings(cfg, work.model(stage), work.inputs("ppo"), work.device, out)
+    say(f"{count} prompts with {cfg.sample.k} responses each: {out}")
+    say('next: add "ranks" to each line (1 is best, equal numbers tie, null is unranked), then data.rankings.path=...')
+    return 0
+
+
+def doctor(cfg: Config) -> int:
+    """do=doctor: what this machine has and lacks."""
+    table, missing = examine(Path(cfg.run.dir))
+    show(table)
+    if missing:
+        raise RLHFError("missing: " + "; ".join(missing))
+    return 0
