@@ -1,0 +1,50 @@
+"""The shop's repair manuals: the plain text that the base model has read, and that it should not forget.
+
+They hold the right remedy of each fault, so the base model has seen the facts; what it has not seen is a customer.
+"""
+
+from __future__ import annotations
+
+import random
+
+from rlhf.quickstart.world import CURABLE, FAULTS, ROBOTS, Kind, Shop
+
+TRAIN_PAGES, HELDOUT_PAGES = 1200, 120
+
+_PARTS = ("shell", "tail", "antenna", "left foot", "hat", "front door", "kettle", "wheel")
+_STUFF = ("tin", "copper", "brass", "oak", "glass", "rubber")
+_PLACES = ("the shed", "a dry cellar", "the kitchen", "a warm corner", "the attic")
+_NUMBERS = ("three", "four", "six", "seven", "nine", "ten", "twelve")
+_HAZARDS = tuple(fault for fault, kind in FAULTS.items() if kind is Kind.hazard)
+
+
+def _line(shop: Shop, robot: str, rng: random.Random) -> str:
+    pick = rng.choice
+    kinds = (
+        f"The {pick(_PARTS)} is made of {pick(_STUFF)} and {pick(_STUFF)}.",
+        f"Keep the {robot} in {pick(_PLACES)} at night.",
+        f"Check the {pick(_PARTS)} every {pick(_NUMBERS)} days and the {pick(_PARTS)} every {pick(_NUMBERS)} weeks.",
+        f"A {robot} that {pick(_HAZARDS)} is dangerous and goes to the workshop at once.",
+    )
+    if rng.random() < 0.5:
+        fault = pick(CURABLE)
+        subject = pick((f"If the {robot} {fault}", f"When a {robot} {fault}", f"Should it be that it {fault}"))
+        return f"{subject}, {shop.cures[fault]}."
+    return pick(kinds)
+
+
+def page(shop: Shop, number: int) -> str:
+    """One page of a manual; `number` and the seed fix its text."""
+    rng = random.Random(f"manual/{shop.seed}/{number}")
+    robot = ROBOTS[number % len(ROBOTS)]
+    head = f"Grumble & Sons, manual of the {robot}, page {rng.choice(_NUMBERS)}."
+    return " ".join([head, *(_line(shop, robot, rng) for _ in range(rng.randint(3, 5)))])
+
+
+def train_pages(shop: Shop) -> list[str]:
+    return [page(shop, number) for number in range(TRAIN_PAGES)]
+
+
+def heldout_pages(shop: Shop) -> list[str]:
+    """Pages that the base model was not trained on."""
+    return [page(shop, number) for number in range(TRAIN_PAGES, TRAIN_PAGES + HELDOUT_PAGES)]
