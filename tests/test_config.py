@@ -1,0 +1,86 @@
+"""Every YAML composes, every rule names its key, and the configuration survives the way to the worker."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from rlhf.compose import CONF_DIR, register, schema_keys, stray_keys, to_config, unknown_key
+from rlhf.config import Config, OptimConfig, PpoConfig, check_all
+from rlhf.errors import ConfigError
+from rlhf.launch import from_plain, to_plain
+
+OPTIONS = sorted(
+    f"{path.parent.relative_to(CONF_DIR).as_posix()}={path.stem}"
+    for path in Path(CONF_DIR).rglob("*.yaml")
+    if path.parent != Path(CONF_DIR)
+)
+
+
+def composed(*overrides: str) -> Config:
+    register()
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
+        return to_config(compose("config", overrides=list(overrides)))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_of_every_group_composes(option: str) -> None:
+    needs = [] if option == "experiment=quickstart" else ["experiment=own", "model.path=some/model"]
+    if option.startswith("data=quickstart"):
+        needs = ["experiment=own"]
+    if option == "lora=r16":
+        needs.append("lora@ppo.lora=none")
+    if option == "experiment=hh":
+        needs = ["model.path=some/model", "data.root=some/folder"]
+    config = composed(option, *needs)
+    assert dataclasses.is_dataclass(config)
+
+
+def test_lora_reaches_every_stage_or_one_alone() -> None:
+    everywhere = composed("lora=r16", "lora@ppo.lora=none")
+    assert (everywhere.sft.lora.enabled, everywhere.rm.lora.enabled, everywhere.ppo.lora.enabled) == (True, True, False)
+    one = composed("lora@rm.lora=r16")
+    assert (one.sft.lora.enabled, one.rm.lora.enabled) == (False, True)
+
+
+def test_the_configuration_survives_the_way_to_the_worker() -> None:
+    config = composed("seed=3", "gate.mode=observe", "ppo.kl.coef=0.2")
+    assert from_plain(to_plain(config)) == config
+
+
+def test_a_key_that_the_schema_lacks_is_named() -> None:
+    stray = OmegaConf.create({"seed": 1, "ppo": {"updatez": 1}})
+    assert list(stray_keys(stray)) == ["ppo.updatez"]
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [("ppo.upates", "ppo.updates"), ("sft.optim.learning_rat", "sft.optim.learning_rate"), ("kl.coef", "ppo.kl.coef")],
+)
+def test_the_nearest_key_is_offered(typo: str, meant: str) -> None:
+    assert f"did you mean {meant}?" in unknown_key(typo)
+
+
+def test_the_schema_lists_nested_keys_once() -> None:
+    keys = list(schema_keys())
+    assert {"ppo.kl.coef", "gate.scorer.kind", "data.rankings.path"} <= set(keys)
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize(
+    ("node", "key"),
+    [
+        (OptimConfig(learning_rate=-1.0), "x.learning_rate"),
+        (OptimConfig(batch=16, micro_batch=0), "x.micro_batch"),
+        (OptimConfig(warmup=1.0), "x.warmup"),
+        (PpoConfig(updates=0), "x.updates"),
+        (PpoConfig(temperature=0.0), "x.temperature"),
+    ],
+)
+def test_a_value_out_of_range_names_its_key(node: OptimConfig | PpoConfig, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{key}"):
+        check_all(node, "x")
