@@ -1,0 +1,155 @@
+"""From prompts to episodes that can be learned from: draw, sample, score, compare with the reference, estimate.
+
+Shapes: B episodes, T the longest response, N all response tokens of a micro-batch laid end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from rlhf.advantages import gae, shaped_rewards, token_mask
+from rlhf.config import PpoConfig
+from rlhf.losses import kl_k1, whiten
+from rlhf.ppo.finite import require_finite
+from rlhf.ppo.roles import Critic, Roles
+from rlhf.render import Renderer
+from rlhf.rewards import BuiltReward, Score, checked_scores
+from rlhf.rollout import Sampling, collate, generate, micro_batches, seed_of, sequence_logprobs
+from rlhf.types import Prompt
+
+
+def _empty() -> Tensor:
+    return torch.empty(0)
+
+
+@dataclass(kw_only=True, slots=True)
+class Episode:
+    """One response and what is known about it; tensors are on the CPU, one number for each response token."""
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    ids: list[int]
+    finished: bool
+    text: str
+    logp: Tensor  # of the policy that sampled it, at the sampling temperature
+    reference: Tensor = field(default_factory=_empty)
+    values: Tensor = field(default_factory=_empty)
+    raw: float = 0.0  # what the reward said, summed over its tokens
+    score: Score = 0.0  # normalised, clipped, with the penalty for having no end
+    rewards: Tensor = field(default_factory=_empty)
+    advantages: Tensor = field(default_factory=_empty)
+    returns: Tensor = field(default_factory=_empty)
+
+    @property
+    def name(self) -> str:
+        return self.prompt.id or self.prompt.where
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.ids)
+
+    @property
+    def kl(self) -> Tensor:
+        """log p_policy - log p_reference of each token."""
+        return kl_k1(self.logp, self.reference)
+
+
+def draw(prompts: Sequence[Prompt], seed: int, update: int, batch: int) -> list[tuple[Prompt, int]]:
+    """The prompts of an update (from 1) and the seed of each sample: a function of its arguments alone, so that the
+    place in the data needs no state. Each pass over the prompts is a permutation of its own."""
+    drawn = []
+    order: list[int] = []
+    epoch = -1
+    for place in range((update - 1) * batch, update * batch):
+        if place // len(prompts) != epoch:
+            epoch = place // len(prompts)
+            generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
+            order = torch.randperm(len(prompts), generator=generator).tolist()
+        drawn.append((prompts[order[place % len(prompts)]], seed_of(seed, "rollout", update, place)))
+    return drawn
+
+
+def rollout(roles: Roles, renderer: Renderer, cfg: PpoConfig, drawn: Sequence[tuple[Prompt, int]]) -> list[Episode]:
+    """Sample one response for each drawn prompt. Its token ids are kept as they were sampled."""
+    prompt_ids = [renderer.prompt_ids(prompt.messages) for prompt, _ in drawn]
+    sampling = Sampling(cfg.temperature, cfg.max_new_tokens, renderer.eos_id, cfg.decode_group)
+    responses = generate(roles.policy, prompt_ids, [seed for _, seed in drawn], sampling)
+    dtype = torch.float64 if next(roles.policy.parameters()).dtype == torch.float64 else torch.float32
+    return [
+        Episode(
+            prompt=prompt, prompt_ids=ids, ids=response.ids, finished=response.finished,
+            text=renderer.decode(response.ids), logp=torch.tensor(response.logprobs, dtype=dtype),
+        )
+        for (prompt, _), ids, response in zip(drawn, prompt_ids, responses, strict=True)
+    ]  # fmt: skip
+
+
+def score(episodes: Sequence[Episode], built: BuiltReward, renderer: Renderer, cfg: PpoConfig) -> None:
+    """Fill `raw` and `score`."""
+    scores = checked_scores(
+        built.reward,
+        [renderer.prompt_text(e.prompt.messages) for e in episodes],
+        [e.text for e in episodes],
+        [{**e.prompt.tags, "messages": e.prompt.messages} for e in episodes],
+        [e.name for e in episodes],
+        [len(e.ids) for e in episodes],
+    )
+    for episode, raw in zip(episodes, scores, strict=True):
+        episode.raw = sum(raw) if isinstance(raw, list) else raw
+        episode.score = paid(raw, built, cfg, finished=episode.finished)
+
+
+def paid(raw: Score, built: BuiltReward, cfg: PpoConfig, *, finished: bool) -> Score:
+    """What a response earns for the score `raw`. The penalty for a cut response comes after the clip, which would
+    swallow it. Per-token scores are scaled only: a shift of each would pay for length."""
+    mean, std = (built.mean, built.std) if cfg.normalize_reward else (None, None)
+    bound = float("inf") if cfg.reward_clip is None else cfg.reward_clip
+    penalty = 0.0 if finished else cfg.no_eos_penalty
+    if isinstance(raw, list):
+        each = [max(-bound, min(bound, value / (std or 1.0))) for value in raw]
+        return [*each[:-1], each[-1] - penalty]
+    return max(-bound, min(bound, (raw - (mean or 0.0)) / (std or 1.0))) - penalty
+
+
+def compare(episodes: Sequence[Episode], roles: Roles, cfg: PpoConfig, update: int) -> None:
+    """Fill `reference` and `values`."""
+    prompts, responses = [e.prompt_ids for e in episodes], [e.ids for e in episodes]
+    reference = sequence_logprobs(roles.reference, prompts, responses, cfg.temperature, cfg.micro_tokens)
+    values = read_values(roles.critic, episodes, cfg.micro_tokens)
+    for episode, logp, value in zip(episodes, reference, values, strict=True):
+        episode.reference, episode.values = logp, value
+    for field_name in ("logp", "reference", "values"):
+        bad = [e.name for e in episodes if not torch.isfinite(getattr(e, field_name)).all()]
+        require_finite(not bad, f"rollout {field_name}", update, bad)
+
+
+def read_values(critic: Critic, episodes: Sequence[Episode], micro_tokens: int) -> list[Tensor]:
+    """The critic's value of each response token of each episode, without gradient."""
+    device = critic.head.weight.device
+    out: list[Tensor] = [torch.empty(0)] * len(episodes)
+    with torch.no_grad():
+        for cut in micro_batches([e.tokens for e in episodes], micro_tokens):
+            rows = collate([episodes[i].prompt_ids for i in cut], [episodes[i].ids for i in cut], device)
+            for i, values in zip(cut, torch.split(critic(rows).cpu(), rows.counts), strict=True):
+                out[i] = values.clone()
+    return out
+
+
+def estimate(episodes: Sequence[Episode], cfg: PpoConfig) -> None:
+    """Fill `rewards`, `advantages` (whitened over all of them if so configured) and `returns`."""
+    for episode in episodes:
+        episode.rewards = shaped_rewards(episode.score, episode.kl, cfg.kl.coef)
+    rewards_BT = pad_sequence([e.rewards for e in episodes], batch_first=True)
+    values_BT = pad_sequence([e.values for e in episodes], batch_first=True)
+    mask_BT = token_mask(torch.tensor([len(e.ids) for e in episodes]), rewards_BT.shape[1])
+    advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, cfg.gamma, cfg.lam)
+    if cfg.whiten_advantages:
+        advantages_BT = torch.zeros_like(advantages_BT).masked_scatter(mask_BT, whiten(advantages_BT[mask_BT]))
+    for b, episode in enumerate(episodes):
+        episode.advantages = advantages_BT[b, : len(episode.ids)].clone()
+        episode.returns = returns_BT[b, : len(episode.ids)].clone()

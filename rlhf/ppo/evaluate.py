@@ -1,0 +1,86 @@
+"""Judging the policy on held-out prompts, always the same ones with the same noise, so that evaluations compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rlhf.config import PpoConfig
+from rlhf.losses import kl_k3
+from rlhf.ppo.episodes import Episode, rollout, score
+from rlhf.ppo.roles import Roles
+from rlhf.render import Renderer
+from rlhf.rewards import BuiltReward
+from rlhf.rollout import collate, evaluating, micro_batches, response_logits, seed_of, sequence_logprobs, widen
+from rlhf.types import Prompt
+
+SHOWN = 8  # samples that are recorded at each evaluation
+NGRAM = 4
+
+
+class Evaluator:
+    """Held-out prompts, chosen and seeded once for the whole run."""
+
+    def __init__(
+        self, prompts: Sequence[Prompt], renderer: Renderer, built: BuiltReward, cfg: PpoConfig, seed: int
+    ) -> None:
+        self.renderer, self.built, self.cfg = renderer, built, cfg
+        keyed = sorted((seed_of(seed, "eval", i, p.id), i) for i, p in enumerate(prompts))[: cfg.eval_prompts]
+        self.drawn = [(prompts[i], key) for key, i in keyed]
+
+    def run(self, roles: Roles) -> tuple[dict[str, float], list[Mapping[str, Any]]]:
+        """Metrics `eval/...` and the first few samples as rows."""
+        episodes = rollout(roles, self.renderer, self.cfg, self.drawn)
+        score(episodes, self.built, self.renderer, self.cfg)
+        prompts, responses = [e.prompt_ids for e in episodes], [e.ids for e in episodes]
+        temperature, micro_tokens = self.cfg.temperature, self.cfg.micro_tokens
+        reference = sequence_logprobs(roles.reference, prompts, responses, temperature, micro_tokens)
+        for episode, logp in zip(episodes, reference, strict=True):
+            episode.reference = logp
+        n = len(episodes)
+        lengths = [len(e.ids) for e in episodes]
+        metrics = {
+            "eval/reward": sum(e.raw for e in episodes) / n,
+            "eval/kl": sum(float(e.kl.sum()) for e in episodes) / n,
+            "eval/kl_k3": sum(float(kl_k3(e.logp, e.reference).sum()) for e in episodes) / n,
+            "eval/length": sum(lengths) / n,
+            "eval/eos_rate": sum(e.finished for e in episodes) / n,
+            "eval/distinct_1": distinct(responses, 1),
+            "eval/distinct_2": distinct(responses, 2),
+            "eval/repeated_4grams": sum(repeated(ids, NGRAM) for ids in responses) / n,
+            "eval/entropy": mean_entropy(roles.policy, episodes, self.cfg),
+        }
+        rows: list[Mapping[str, Any]] = [
+            {
+                "prompt": self.renderer.prompt_text(e.prompt.messages), "response": e.text, "reward": e.raw,
+                "kl": float(e.kl.sum()), "finished": e.finished,
+            }
+            for e in episodes[:SHOWN]
+        ]  # fmt: skip
+        return metrics, rows
+
+
+def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
+    """Distinct n-grams of tokens over all n-grams, of all responses together (Li et al. 1510.03055)."""
+    grams = [tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def repeated(ids: Sequence[int], n: int) -> float:
+    """Share of the n-grams of one response that stood in it before."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def mean_entropy(policy: Any, episodes: Sequence[Episode], cfg: PpoConfig) -> float:
+    """Mean entropy of the policy at the response tokens, nats a token, at the sampling temperature."""
+    device = next(policy.parameters()).device
+    total = 0.0
+    with torch.inference_mode(), evaluating(policy):
+        for cut in micro_batches([e.tokens for e in episodes], cfg.micro_tokens):
+            rows = collate([episodes[i].prompt_ids for i in cut], [episodes[i].ids for i in cut], device)
+            logp_NV = (widen(response_logits(policy, rows)) / cfg.temperature).log_softmax(-1)
+            total += float(-(logp_NV.exp() * logp_NV.clamp(min=-1e4)).sum())
+    return total / sum(len(e.ids) for e in episodes)

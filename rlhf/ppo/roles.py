@@ -1,0 +1,101 @@
+"""The models of PPO: the policy that is trained, the frozen reference it started from, the critic.
+
+Shapes: N response tokens of a micro-batch laid end to end, H hidden units.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.config import Config, CriticInit
+from rlhf.console import say
+from rlhf.errors import ConfigError
+from rlhf.models import enable_activation_checkpointing, load_policy, load_reward_model
+from rlhf.render import load_tokenizer
+from rlhf.rollout import Rows, widen
+
+if TYPE_CHECKING:
+    from rlhf.context import Context
+
+DROPOUT_ATTRIBUTES = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "layerdrop")
+
+
+class Critic(nn.Module):
+    """A transformer body of its own and a scalar head in fp32 that starts at zero: every value is 0 at first."""
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.body = body
+        at = next(body.parameters())
+        with torch.no_grad():  # some bodies project their output, so the configuration's width may not be it
+            width = body(input_ids=torch.zeros(1, 1, dtype=torch.long, device=at.device)).last_hidden_state.shape[-1]
+        dtype = torch.float64 if at.dtype == torch.float64 else torch.float32
+        self.head = nn.Linear(width, 1, device=at.device, dtype=dtype)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, rows: Rows) -> Tensor:
+        """values_N of the states in which the response tokens are chosen."""
+        hidden_BTH = self.body(input_ids=rows.ids_BT, use_cache=False).last_hidden_state
+        values: Tensor = self.head(widen(hidden_BTH.flatten(0, 1)[rows.take_N])).squeeze(-1)
+        return values
+
+
+@dataclass(kw_only=True, slots=True)
+class Roles:
+    policy: Any
+    reference: Any
+    critic: Critic
+
+
+def load_roles(cfg: Config, context: Context) -> Roles:
+    """Policy and reference from the SFT parent; the critic from the reward model, or from the policy."""
+    policy = load_policy(context.parents["sft"], cfg.model, context.device)
+    body = _critic_body(cfg, context, policy)
+    return assemble(policy, body, activation_checkpointing=cfg.model.activation_checkpointing)
+
+
+def assemble(policy: Any, body: Any, *, activation_checkpointing: bool = False) -> Roles:
+    """Roles around a loaded policy and a critic body: dropout off everywhere, the reference frozen."""
+    roles = Roles(policy=policy, reference=copy.deepcopy(policy), critic=Critic(body))
+    for model in (roles.policy, roles.reference, roles.critic):
+        model.eval()
+    roles.reference.requires_grad_(False)
+    if activation_checkpointing:
+        # The library recomputes only in train mode, which therefore must hold no dropout.
+        for model in (roles.policy, roles.critic.body):
+            remove_dropout(model)
+            enable_activation_checkpointing(model)
+            model.train()
+    return roles
+
+
+def remove_dropout(model: nn.Module) -> None:
+    """Set every dropout probability in the modules to 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in DROPOUT_ATTRIBUTES:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def _critic_body(cfg: Config, context: Context, policy: Any) -> Any:
+    if cfg.ppo.critic_init is CriticInit.reward and "rm" in context.parents:
+        path = context.parents["rm"]
+        if load_tokenizer(path, cfg.model).get_vocab() != context.renderer.tokenizer.get_vocab():
+            raise ConfigError(
+                f"ppo.critic_init=reward: the reward model in {path} has another vocabulary than the policy, "
+                "so it cannot read the policy's tokens: use ppo.critic_init=policy"
+            )
+        body = load_reward_model(path, cfg.model, context.device).base_model
+    else:
+        if cfg.ppo.critic_init is CriticInit.reward:
+            say("this run has no reward model of its own: the critic starts from the policy")
+        body = copy.deepcopy(policy.base_model)
+    return body.requires_grad_(True)
