@@ -1,0 +1,155 @@
+"""Judge one artifact of one stage: inputs there? scorer trustworthy? measure, check, record. Fails closed.
+
+Whatever is missing, not a number or raised by a scorer is INVALID and blocks; it never counts as harmless. What can
+be found out without a model is found out before any text is generated. Imports no torch until something is measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.artifacts import sha256_text
+from rlhf.config import CheckConfig, GateConfig, ModelConfig, PpoConfig
+from rlhf.errors import Invalid
+from rlhf.gates.checks import has_tags, no_prompts
+from rlhf.gates.deciding import Rules
+from rlhf.gates.measured import Measured
+from rlhf.gates.policy import checks_of, kind_of, needs_of, policy_digest, refusal_patterns, validate
+from rlhf.gates.scorers import THRESHOLD, Scorer, build_scorer, measure_scorer, read_canaries
+from rlhf.gates.verdict import Finding, Verdict
+from rlhf.types import Demonstration, Prompt, Ranking
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(kw_only=True, slots=True)
+class GateRequest:
+    """What is judged, against what and by which policy. The rows are held out: no stage trained on their prompts."""
+
+    stage: str
+    model: Path | str  # folder of the candidate
+    digest: str  # of that folder; the verdict holds for no other
+    parents: dict[str, Path]  # model folders: "base" (anchor of the losses), "sft" (KL, wins), "rm" (wins)
+    prompts: list[Prompt] = field(default_factory=list)
+    rankings: list[Ranking] = field(default_factory=list)
+    demonstrations: list[Demonstration] = field(default_factory=list)
+    reference_text: list[str] = field(default_factory=list)
+    policy: GateConfig
+    model_config: ModelConfig
+    ppo: PpoConfig  # decoding settings: max_new_tokens (unless the policy sets it), micro_tokens, decode_group
+    seed: int
+    device: torch.device | str = "cpu"
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.policy.max_new_tokens or self.ppo.max_new_tokens
+
+
+def judge(request: GateRequest) -> Verdict:
+    """The verdict on `request.model`. ConfigError for a policy that cannot be; all else ends in the verdict."""
+    policy, stage = request.policy, request.stage
+    validate(policy)
+    verdict = Verdict(
+        stage=stage, policy_id=policy.policy_id, policy_digest=policy_digest(policy, stage), alpha=policy.alpha,
+        artifact={"stage": stage, "digest": request.digest, "parents": {k: str(v) for k, v in request.parents.items()}},
+        started=_now(),
+    )  # fmt: skip
+    try:
+        _run(request, verdict)
+    except Invalid as error:
+        verdict.reason = str(error)
+    verdict.finished = _now()
+    return verdict
+
+
+def _run(request: GateRequest, verdict: Verdict) -> None:
+    needs, checks = needs_of(request.policy, request.stage), checks_of(request.policy, request.stage)
+    request.prompts = draw_prompts(request.prompts, request.policy.prompts, request.seed)
+    scorer: Scorer | None = None
+    if "toxicity" in needs:
+        scorer = build_scorer(request.policy.scorer)
+        canaries = read_canaries(request.policy.scorer)
+        verdict.scorers.append(measure_scorer(scorer, canaries, request.policy.scorer, request.policy.alpha))
+        if verdict.scorers[-1]["reason"]:
+            raise Invalid(verdict.scorers[-1]["reason"])
+    lacking = {name: _lacking(request, name, check) for name, check in checks.items()}
+    verdict.checks = [_unmeasured(name, checks[name], reason) for name, reason in lacking.items() if reason]
+    if any(finding.status == "INVALID" for finding in verdict.checks):
+        return  # nothing else that is measured could make up for it
+    wanted = {need for name, check in checks.items() if not lacking[name] for need in kind_of(name, check).needs}
+    measured = _measure(request, wanted, scorer, verdict)
+    rules = Rules(
+        alpha=request.policy.alpha, seed=request.seed, threshold=THRESHOLD, refusals=refusal_patterns(request.policy)
+    )
+    done = {name: _check(name, check, measured, rules) for name, check in checks.items() if not lacking[name]}
+    done |= {finding.id: finding for finding in verdict.checks}
+    verdict.checks = [done[name] for name in checks]
+
+
+def _measure(request: GateRequest, wanted: set[str], scorer: Scorer | None, verdict: Verdict) -> Measured:
+    from rlhf.gates import measure  # torch and the models are needed from here on
+
+    measured = measure.measure(request, wanted, scorer)
+    verdict.samples = [sample.to_json() for sample in measured.samples]
+    if measured.samples:
+        verdict.generation = {
+            "seed": request.seed, "prompts": len(request.prompts), "k": request.policy.k,
+            "temperature": request.policy.temperature, "max_new_tokens": request.max_new_tokens,
+        }  # fmt: skip
+    return measured
+
+
+def _check(name: str, check: CheckConfig, measured: Measured, rules: Rules) -> Finding:
+    try:
+        finding = kind_of(name, check).run(measured, check, rules)
+    except Invalid as error:
+        return _unmeasured(name, check, str(error))
+    finding.id, finding.kind = name, check.kind or name
+    return finding
+
+
+def _unmeasured(name: str, check: CheckConfig, reason: str) -> Finding:
+    """INVALID, or for a check that only records, a record of why there is no number."""
+    status = "RECORDED" if check.record_only else "INVALID"
+    return Finding(id=name, kind=check.kind or name, status=status, reason=f"not measured: {reason}")
+
+
+# For each thing that can be needed: parents, the rows of the request, and how to give the rows.
+SOURCES: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "samples": ((), "prompts", "no gate prompts: set data.gate_prompts.path, or data with held-out prompts"),
+    "toxicity": ((), "prompts", ""),
+    "kl": (("sft",), "prompts", ""),
+    "rewards": (("sft", "rm"), "prompts", ""),
+    "rankings": ((), "rankings", "no held-out rankings: set data.rankings.path, or a larger data.holdout"),
+    "reference": (("base",), "reference_text", "no reference text: set data.reference_text.path"),
+    "demonstrations": (("base",), "demonstrations", "no held-out demonstrations: set data.demonstrations.path"),
+}
+
+
+def _lacking(request: GateRequest, name: str, check: CheckConfig) -> str:
+    """What the check needs and the request has not; empty if all is there."""
+    kind = kind_of(name, check)
+    reasons = []
+    for need in kind.needs:
+        parents, rows, hint = SOURCES[need]
+        reasons += [hint] if hint and not getattr(request, rows) else []
+        reasons += [f"the parent {p!r} is not there to compare with" for p in parents if p not in request.parents]
+    where: dict[str, Any] = kind.where | check.where
+    if "samples" in kind.needs and not reasons and not any(has_tags(prompt, where) for prompt in request.prompts):
+        reasons.append(no_prompts(where))
+    return "; ".join(dict.fromkeys(reasons))
+
+
+def draw_prompts(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
+    """`count` different prompts (all, if there are no more), drawn by a hash of seed and id: the order of the file and
+    the rest of the file do not change which of two prompts comes first."""
+    different = {prompt.id: prompt for prompt in prompts}
+    return sorted(different.values(), key=lambda prompt: sha256_text(f"{seed}/gate/{prompt.id}"))[:count]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

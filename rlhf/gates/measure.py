@@ -1,0 +1,184 @@
+"""The part of the gates that touches models: sample, score, compare with the parents. Everything else is pure.
+
+One model is held at a time beside the candidate. Every response has a seed of its own, made of the run's seed, the
+stage, the prompt's place in the draw and the sample's number, so that batch sizes cannot change what is judged.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlhf.errors import Invalid
+from rlhf.gates.measured import Loss, Measured, RankedRewards, Sample
+from rlhf.gates.scorers import Scorer, checked_scores
+from rlhf.models import load_policy, load_reward_model, pad_right, read_scores
+from rlhf.render import Renderer, load_tokenizer
+from rlhf.rollout import Response, Sampling, generate, micro_batches, sample_seed, sequence_logprobs
+from rlhf.types import Messages
+
+if TYPE_CHECKING:
+    from rlhf.gates.judge import GateRequest
+
+LONGEST_DOCUMENT = 1024  # tokens of a reference text that are read
+
+
+def measure(request: GateRequest, needs: set[str], scorer: Scorer | None) -> Measured:
+    """Measure what `needs` names (see checks.Kind.needs). Invalid for what cannot be compared or scored."""
+    measured = Measured()
+    if "rankings" in needs:
+        pairs = [(r.prompt.messages, text) for r in request.rankings for text in r.responses]
+        rewards = iter(score_responses(request, request.model, pairs))
+        measured.rankings = [RankedRewards(ranking=r, rewards=[next(rewards) for _ in r.responses])
+                             for r in request.rankings]  # fmt: skip
+    if needs & {"samples", "reference", "demonstrations"}:
+        _measure_policy(request, needs, measured)
+    if "toxicity" in needs:
+        assert scorer is not None
+        scores = checked_scores(scorer, [sample.text for sample in measured.samples])
+        for sample, score in zip(measured.samples, scores, strict=True):
+            sample.toxicity = score
+    if "rewards" in needs:
+        _add_rewards(request, measured.samples)
+    return measured
+
+
+def _measure_policy(request: GateRequest, needs: set[str], measured: Measured) -> None:
+    renderer = _renderer(request, request.model)
+    candidate = load_policy(request.model, request.model_config, _device(request))
+    jobs: list[tuple[str, list[tuple[str, list[int], list[int]]]]] = []
+    if "reference" in needs:
+        jobs.append(("reference", _documents(request, renderer)))
+    if "demonstrations" in needs:
+        jobs.append(("demonstrations", _demonstrations(request, renderer)))
+    own = [_losses(request, candidate, rows) for _, rows in jobs]
+    prompts_ids = [renderer.prompt_ids(prompt.messages) for prompt in request.prompts for _ in range(request.policy.k)]
+    responses: list[Response] = []
+    if "samples" in needs:
+        responses = _sample(request, candidate, renderer, prompts_ids)
+        measured.samples = _as_samples(request, renderer, responses)
+    del candidate
+    if jobs:
+        base = _load_parent(request, "base", renderer)
+        for (name, rows), mine in zip(jobs, own, strict=True):
+            theirs = _losses(request, base, rows)
+            losses = [Loss(id=row[0], cluster=row[0], candidate=a, base=b)
+                      for row, a, b in zip(rows, mine, theirs, strict=True)]  # fmt: skip
+            setattr(measured, name, losses)
+        del base
+    if needs & {"kl", "rewards"}:
+        _compare_with_parent(request, needs, renderer, prompts_ids, (measured.samples, responses))
+
+
+def _compare_with_parent(
+    request: GateRequest, needs: set[str], renderer: Renderer, prompts_ids: list[list[int]],
+    drawn: tuple[list[Sample], list[Response]],
+) -> None:  # fmt: skip
+    """KL of the samples from the SFT parent, and the parent's own responses under the same seeds."""
+    samples, responses = drawn
+    parent = _load_parent(request, "sft", renderer)
+    if "kl" in needs:
+        ids = [response.ids for response in responses]
+        temperature = request.policy.temperature
+        logprobs = sequence_logprobs(parent, prompts_ids, ids, temperature, request.ppo.micro_tokens)
+        for sample, response, reference_T in zip(samples, responses, logprobs, strict=True):
+            sample.kl = sum(response.logprobs) - float(reference_T.double().sum())
+    if "rewards" in needs:
+        theirs = _sample(request, parent, renderer, prompts_ids)
+        for sample, response in zip(samples, theirs, strict=True):
+            sample.parent_text = renderer.decode(response.ids)
+
+
+def _sample(
+    request: GateRequest, model: Any, renderer: Renderer, prompts_ids: list[list[int]]
+) -> list[Response]:  # fmt: skip
+    k = request.policy.k
+    seeds = [sample_seed(request.seed, "gate", request.stage, i // k, i % k) for i in range(len(prompts_ids))]
+    sampling = Sampling(
+        temperature=request.policy.temperature, max_new_tokens=request.max_new_tokens, eos_id=renderer.eos_id,
+        group=request.ppo.decode_group,
+    )  # fmt: skip
+    return generate(model, prompts_ids, seeds, sampling)
+
+
+def _as_samples(request: GateRequest, renderer: Renderer, responses: list[Response]) -> list[Sample]:
+    k = request.policy.k
+    return [
+        Sample(
+            prompt=request.prompts[i // k],
+            index=i % k,
+            text=renderer.decode(response.ids),
+            tokens=len(response.ids),
+            finished=response.finished,
+        )
+        for i, response in enumerate(responses)
+    ]
+
+
+def _add_rewards(request: GateRequest, samples: list[Sample]) -> None:
+    pairs = [(s.prompt.messages, s.text) for s in samples]
+    pairs += [(s.prompt.messages, s.parent_text or "") for s in samples]
+    rewards = score_responses(request, request.parents["rm"], pairs)
+    for sample, mine, theirs in zip(samples, rewards[: len(samples)], rewards[len(samples) :], strict=True):
+        sample.reward, sample.parent_reward = mine, theirs
+
+
+def score_responses(request: GateRequest, path: Path | str, pairs: list[tuple[Messages, str]]) -> list[float]:
+    """The reward of each (prompt, response) by the reward model in `path`, with its own tokenizer and template."""
+    renderer = _renderer(request, path)
+    model = load_reward_model(path, request.model_config, _device(request))
+    rows = [renderer.full_ids(messages, text)[0] for messages, text in pairs]
+    rewards = [0.0] * len(rows)
+    with torch.inference_mode():
+        for cut in micro_batches([len(row) for row in rows], request.ppo.micro_tokens):
+            ids_BT, lengths_B = pad_right([rows[i] for i in cut], renderer.pad_id, _device(request))
+            for i, reward in zip(cut, read_scores(model, ids_BT, lengths_B).tolist(), strict=True):
+                rewards[i] = float(reward)
+    return rewards
+
+
+def _losses(request: GateRequest, model: Any, rows: list[tuple[str, list[int], list[int]]]) -> list[float]:
+    """Mean negative log-likelihood, nats a token, of the second part of each row given the first."""
+    first, second = [row[1] for row in rows], [row[2] for row in rows]
+    logprobs = sequence_logprobs(model, first, second, 1.0, request.ppo.micro_tokens)
+    return [-float(logprobs_T.double().mean()) for logprobs_T in logprobs]
+
+
+def _documents(request: GateRequest, renderer: Renderer) -> list[tuple[str, list[int], list[int]]]:
+    """Reference texts as (id, first token, the rest); the plain text, without a chat template."""
+    rows = []
+    for number, text in enumerate(request.reference_text, start=1):
+        ids = list(renderer.tokenizer(text, add_special_tokens=False)["input_ids"])[:LONGEST_DOCUMENT]
+        if len(ids) >= 2:
+            rows.append((f"document {number}", ids[:1], ids[1:]))
+    if not rows:
+        raise Invalid("the reference text holds no document of at least two tokens")
+    return rows
+
+
+def _demonstrations(request: GateRequest, renderer: Renderer) -> list[tuple[str, list[int], list[int]]]:
+    rows = []
+    for demonstration in request.demonstrations:
+        ids, length = renderer.full_ids(demonstration.prompt.messages, demonstration.response)
+        rows.append((demonstration.prompt.id, ids[:length], ids[length:]))
+    return rows
+
+
+def _load_parent(request: GateRequest, name: str, renderer: Renderer) -> Any:
+    """The parent's model. Invalid if its tokens are not the candidate's: numbers by token could not be compared."""
+    path = request.parents[name]
+    if load_tokenizer(path, request.model_config).get_vocab() != renderer.tokenizer.get_vocab():
+        raise Invalid(
+            f"the parent {name!r} in {path} has another vocabulary than {request.model}: no comparison by token"
+        )
+    return load_policy(path, request.model_config, _device(request))
+
+
+def _renderer(request: GateRequest, path: Path | str) -> Renderer:
+    return Renderer(load_tokenizer(path, request.model_config))
+
+
+def _device(request: GateRequest) -> torch.device:
+    return torch.device(request.device)

@@ -1,0 +1,67 @@
+"""What was measured of a model, as plain values: the only thing that checks see. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf.errors import Invalid
+from rlhf.types import Prompt, Ranking
+
+
+@dataclass(kw_only=True, slots=True)
+class Sample:
+    """One response of the candidate to a gate prompt."""
+
+    prompt: Prompt
+    index: int  # which of the prompt's k
+    text: str
+    tokens: int
+    finished: bool  # ended by itself, not cut at max_new_tokens
+    toxicity: float | None = None  # in [0, 1]
+    kl: float | None = None  # log p_candidate - log p_sft of this response, nats, summed over its tokens
+    reward: float | None = None
+    parent_text: str | None = None  # the SFT parent's response to the same prompt with the same seed
+    parent_reward: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "prompt_id": self.prompt.id, "prompt": self.prompt.messages, "tags": self.prompt.tags, "sample": self.index,
+            "response": self.text, "tokens": self.tokens, "finished": self.finished, "toxicity": self.toxicity,
+            "kl": self.kl, "reward": self.reward, "parent_response": self.parent_text,
+            "parent_reward": self.parent_reward,
+        }  # fmt: skip
+
+
+@dataclass(kw_only=True, slots=True)
+class RankedRewards:
+    """The reward model's opinion of the responses of one held-out ranking."""
+
+    ranking: Ranking
+    rewards: list[float]
+
+
+@dataclass(kw_only=True, slots=True)
+class Loss:
+    """Negative log-likelihood of one text under the candidate and under the base model, nats a token."""
+
+    id: str
+    cluster: str  # what its error is shared within: the document, the prompt
+    candidate: float
+    base: float
+
+
+@dataclass(kw_only=True, slots=True)
+class Measured:
+    samples: list[Sample] = field(default_factory=list)
+    rankings: list[RankedRewards] = field(default_factory=list)
+    reference: list[Loss] = field(default_factory=list)
+    demonstrations: list[Loss] = field(default_factory=list)
+
+
+def finite(value: float | None, what: str) -> float:
+    """`value`, or Invalid naming `what`: nothing that is not a number is ever counted as harmless."""
+    if value is None or not math.isfinite(value):
+        raise Invalid(f"{what} is {value}, not a finite number")
+    return value

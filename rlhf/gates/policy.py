@@ -1,0 +1,105 @@
+"""A gate's policy: can it say no, what must be measured for it, and the digest that binds a verdict to it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import asdict
+from typing import Any
+
+from rlhf.artifacts import canonical, sha256_text
+from rlhf.config import STAGES, CheckConfig, GateConfig
+from rlhf.errors import ConfigError
+from rlhf.gates.checks import KINDS, Kind
+from rlhf.gates.scorers import build_scorer, read_canaries
+
+RULES = 1  # raise it when a check's meaning changes: stored verdicts are then judged anew
+
+
+def checks_of(gate: GateConfig, stage: str) -> dict[str, CheckConfig]:
+    if stage not in STAGES:
+        raise ConfigError(f"stage: {stage!r} has no gate; there are {', '.join(STAGES)}")
+    checks: dict[str, CheckConfig] = getattr(gate, stage)
+    return checks
+
+
+def kind_of(name: str, check: CheckConfig, where: str = "gate") -> Kind:
+    """The kind of the check called `name`; ConfigError with the nearest neighbour if there is none."""
+    kind = check.kind or name
+    if kind not in KINDS:
+        near = difflib.get_close_matches(kind, KINDS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{where}.{name}: no check of kind {kind!r}{hint} There are {', '.join(sorted(KINDS))}")
+    return KINDS[kind]
+
+
+def validate(gate: GateConfig) -> None:
+    """ConfigError for a policy that cannot mean what it says: unknown kinds, limits on the wrong side, a stage where
+    a check has nothing to measure, patterns that do not compile, a scorer without terms or canaries."""
+    for stage in STAGES:
+        for name, check in checks_of(gate, stage).items():
+            _validate_check(gate, stage, name, check)
+    refusal_patterns(gate)
+    if any("toxicity" in needs_of(gate, stage) for stage in STAGES):
+        build_scorer(gate.scorer)
+        read_canaries(gate.scorer)
+
+
+def _validate_check(gate: GateConfig, stage: str, name: str, check: CheckConfig) -> None:
+    key = f"gate.{stage}.{name}"
+    kind = kind_of(name, check, f"gate.{stage}")
+    if stage not in kind.stages:
+        raise ConfigError(f"{key}: this check belongs to {' and '.join(kind.stages)}, not to {stage}")
+    if kind.limit is None and not check.record_only:
+        raise ConfigError(f"{key}: is a figure to compare with and decides nothing: set record_only=true")
+    wrong = "min" if kind.limit == "max" else "max"
+    if getattr(check, wrong) is not None:
+        raise ConfigError(f"{key}.{wrong}: this check is limited by `{kind.limit}`")
+    if check.min_n < 1:
+        raise ConfigError(f"{key}.min_n: must be at least 1, not {check.min_n}")
+    kind_name = check.kind or name
+    if (kind_name == "group_gap") != (check.group_by is not None):
+        raise ConfigError(f"{key}.group_by: names the tag whose values group_gap compares, and belongs to it alone")
+    if kind_name in ("over_refusal", "unsafe_compliance") and not gate.refusal_patterns:
+        raise ConfigError(f"gate.refusal_patterns: is empty, so {key} could not see a refusal")
+    if check.where and "samples" not in kind.needs:
+        raise ConfigError(f"{key}.where: this check does not look at prompts, so it cannot select them")
+
+
+def refusal_patterns(gate: GateConfig) -> list[re.Pattern[str]]:
+    """The patterns, compiled, blind to case; ConfigError for one that does not compile or that matches anything."""
+    patterns = []
+    for i, text in enumerate(gate.refusal_patterns):
+        try:
+            pattern = re.compile(text, re.IGNORECASE)
+        except re.error as error:
+            raise ConfigError(f"gate.refusal_patterns[{i}]: {text!r} is not a regular expression: {error}") from error
+        if pattern.search(""):
+            raise ConfigError(f"gate.refusal_patterns[{i}]: {text!r} matches empty text, so everything is a refusal")
+        patterns.append(pattern)
+    return patterns
+
+
+def needs_of(gate: GateConfig, stage: str) -> set[str]:
+    """What must be measured for the checks of a stage."""
+    return {need for name, check in checks_of(gate, stage).items() for need in kind_of(name, check).needs}
+
+
+def policy_digest(gate: GateConfig, stage: str) -> str:
+    """Hash of all that can change this stage's verdict, and of nothing else: not the mode, not the policy's name.
+
+    The words of the lexicon and the canaries count, not the paths of their files.
+    """
+    needs = needs_of(gate, stage)
+    part: dict[str, Any] = {
+        "rules": RULES, "stage": stage, "alpha": gate.alpha,
+        "checks": {name: asdict(check) for name, check in checks_of(gate, stage).items()},
+    }  # fmt: skip
+    if "samples" in needs:
+        part["sampling"] = [gate.prompts, gate.k, gate.temperature, gate.max_new_tokens]
+        part["refusal_patterns"] = gate.refusal_patterns
+    if "toxicity" in needs:
+        canaries = [[canary.text, canary.toxic] for canary in read_canaries(gate.scorer)]
+        minima = [gate.scorer.min_sensitivity, gate.scorer.min_specificity]
+        part["scorer"] = [build_scorer(gate.scorer).digest, sha256_text(canonical(canaries)), *minima]
+    return sha256_text(canonical(part))
