@@ -8,8 +8,9 @@ Shapes: B sequences, T tokens, D hidden units.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,11 @@ def load_reward_model(
         with torch.no_grad():
             head.weight.copy_(draw / (head.weight.shape[1] + 1) ** 0.5)
     return loaded.to(device).eval()
+
+
+def training_config(model: ModelConfig) -> ModelConfig:
+    """`model` with weights in float32: bf16 is the arithmetic of a training, not what its updates are added to."""
+    return dataclasses.replace(model, dtype=Dtype.float32)
 
 
 def _load(auto: Any, path: str | Path, model: ModelConfig, **options: Any) -> tuple[Any, list[str]]:
@@ -162,6 +168,17 @@ def pad_right(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple
     width = max(len(row) for row in rows)
     ids_BT = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
     return ids_BT, lengths_B
+
+
+def micro_batches(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
+    """Places in `lengths`, longest first, in groups of at most `micro_tokens` tokens when padded (or of one row)."""
+    groups: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= micro_tokens:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
 
 
 def read_scores(model: Any, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
