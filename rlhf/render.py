@@ -83,7 +83,7 @@ class Renderer:
         once. Raises DataError if the prompt's ids are not a prefix of them."""
         prompt = self._clean(messages)
         reply = {"role": "assistant", "content": self._plain(response)}
-        before = self._ids(self._text(prompt, reply=True))
+        before = self.prompt_ids(messages)
         ids = self._ids(self._text([*prompt, reply], reply=False))
         if ids[: len(before)] != before:
             raise DataError(
@@ -123,7 +123,7 @@ class Renderer:
             raise DataError(f"the chat template refuses the conversation: {error}") from error
 
     def _ids(self, text: str) -> list[int]:
-        ids = [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        ids = [int(i) for i in self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
         return ids if self._bos is None or ids[:1] == [self._bos] else [self._bos, *ids]
 
     def _clean(self, messages: Messages) -> Messages:

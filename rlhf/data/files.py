@@ -26,10 +26,6 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-class Malformed(ValueError):
-    """A row that cannot be read; the message names the field. Collected, and raised as one DataError a file."""
-
-
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row of a file: its value, or why it could not be read. `line` counts from 1 (of rows, in Parquet and hub)."""

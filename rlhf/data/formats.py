@@ -7,21 +7,30 @@ A format turns a row into prompts, demonstrations or rankings. It raises `Malfor
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Protocol
 
-from rlhf.data.files import Malformed
+from rlhf.data.rows import (
+    EMPTY_REPLY,
+    NO_LABEL,
+    Dirty,
+    Malformed,
+    Split,
+    field_of,
+    has,
+    label_of,
+    make_demonstration,
+    make_pair,
+    make_prompt,
+    merge_copies,
+    messages_of,
+    shown,
+    text_of,
+)
 from rlhf.types import Demonstration, Messages, Prompt, Ranking
 
 Kind = Literal["demonstration", "ranking", "prompt"]
 Parsed = Demonstration | Ranking | Prompt
-
-EMPTY_REPLY, EMPTY_PROMPT = "empty reply", "empty prompt"
-IDENTICAL, MISMATCH, NO_LABEL = "identical responses", "prompt mismatch", "no label"
-_ROLES = ("system", "user", "assistant")
-
-
-class Dirty(Exception):
-    """A row to drop and count; the message is the kind of dirt."""
 
 
 class Format(Protocol):
@@ -36,85 +45,6 @@ class Format(Protocol):
 
     def parse(self, row: Any, kind: Kind) -> list[Parsed]:
         """What the row holds; raises Malformed or Dirty."""
-
-
-def field_of(row: Any, name: str) -> Any:
-    """The value of a field; a null counts as missing."""
-    if not isinstance(row, dict):
-        raise Malformed(f"must be an object with fields, not {_shown(row)}")
-    if row.get(name) is None:
-        raise Malformed(f"field `{name}` is missing")
-    return row[name]
-
-
-def text_of(row: Any, name: str) -> str:
-    value = field_of(row, name)
-    if not isinstance(value, str):
-        raise Malformed(f"field `{name}` must be text, not {_shown(value)}")
-    return value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
-
-
-def has(row: Any, *names: str) -> bool:
-    return isinstance(row, dict) and all(row.get(name) is not None for name in names)
-
-
-def messages_of(value: Any, name: str) -> Messages:
-    """Text, which is one user message, or a list of messages, checked."""
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not value:
-        raise Malformed(f"field `{name}` must be text or a list of messages, not {_shown(value)}")
-    for i, message in enumerate(value):
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise Malformed(f"{name}[{i}] must have `role` and `content`, not {_shown(message)}")
-        if message["role"] not in _ROLES:
-            raise Malformed(f"{name}[{i}].role must be one of {', '.join(_ROLES)}, not {_shown(message['role'])}")
-        if not isinstance(message["content"], str):
-            raise Malformed(f"{name}[{i}].content must be text, not {_shown(message['content'])}")
-    return [{"role": m["role"], "content": m["content"]} for m in value]
-
-
-def make_prompt(messages: Messages, row: Any, used: tuple[str, ...], name: str = "prompt") -> Prompt:
-    """A prompt, with the row's further fields as tags. `used` are the fields that are not tags."""
-    if not messages or messages[-1]["role"] != "user":
-        raise Malformed(f"field `{name}`: the prompt must end with a user message")
-    if not messages[-1]["content"].strip():
-        raise Dirty(EMPTY_PROMPT)
-    fields = row if isinstance(row, dict) else {}
-    tags = {k: v for k, v in fields.items() if k not in (*used, "id") and v is not None}
-    given = fields.get("id")
-    return Prompt(messages=messages, id="" if given is None else str(given), tags=tags)
-
-
-def make_demonstration(prompt: Prompt, response: str) -> Demonstration:
-    if not response.strip():
-        raise Dirty(EMPTY_REPLY)
-    return Demonstration(prompt=prompt, response=response)
-
-
-def make_pair(chosen: tuple[Prompt, str], rejected: tuple[Prompt, str], row: Any) -> Ranking:
-    """A ranking of two. Checked in this order, so that a row has one kind of dirt: mismatch, empty, identical."""
-    (prompt, good), (other, bad) = chosen, rejected
-    if prompt.messages != other.messages:
-        raise Dirty(MISMATCH)
-    if not good.strip() or not bad.strip():
-        raise Dirty(EMPTY_REPLY)
-    if good.strip() == bad.strip():
-        raise Dirty(IDENTICAL)
-    return Ranking(
-        prompt=prompt, responses=[good, bad], ranks=[1, 2],
-        annotator=_label(row, "annotator"), subset=_label(row, "subset"),
-    )  # fmt: skip
-
-
-def _label(row: Any, name: str) -> str | None:
-    value = row.get(name)
-    return None if value is None else str(value)
 
 
 class ChatMessages:
@@ -132,7 +62,7 @@ class ChatMessages:
     def parse(self, row: Any, kind: Kind) -> list[Parsed]:
         value = field_of(row, "messages")
         if isinstance(value, str):
-            raise Malformed(f"field `messages` must be a list of messages, not {_shown(value)}")
+            raise Malformed(f"field `messages` must be a list of messages, not {shown(value)}")
         messages = messages_of(value, "messages")
         replied = messages[-1]["role"] == "assistant"
         if kind == "demonstration" and not replied:
@@ -159,6 +89,16 @@ class Alpaca:
         return [prompt if kind == "prompt" else make_demonstration(prompt, text_of(row, "output"))]
 
 
+def parse_pair(row: Any, kind: Kind, split: Callable[[Any, str], Split]) -> Parsed:
+    """What a row with `chosen` and `rejected` holds; the demonstration in it is the chosen conversation."""
+    used = ("prompt", "chosen", "rejected", "annotator", "subset")
+    chosen = split(row, "chosen")
+    if kind == "ranking":
+        return make_pair(chosen, split(row, "rejected"), row, used)
+    prompt = make_prompt(chosen[0], row, used)
+    return prompt if kind == "prompt" else make_demonstration(prompt, chosen[1])
+
+
 class HHText:
     """Anthropic HH: two transcripts that differ in the last reply. A demonstration is the chosen one."""
 
@@ -174,30 +114,27 @@ class HHText:
         return has(row, "chosen") and isinstance(row["chosen"], str) and row["chosen"].lstrip().startswith("Human:")
 
     def parse(self, row: Any, kind: Kind) -> list[Parsed]:
-        chosen = self._split(row, "chosen")
-        if kind == "prompt":
-            return [chosen[0]]
-        if kind == "demonstration":
-            return [make_demonstration(*chosen)]
-        return [make_pair(chosen, self._split(row, "rejected"), row)]
+        try:
+            return [parse_pair(row, kind, self._split)]
+        except NoQuestion:
+            raise Dirty(NO_QUESTION) from None  # people spoke out of turn; no mistake of the file
 
-    def _split(self, row: Any, name: str) -> tuple[Prompt, str]:
-        """Prompt and last reply. Turns of one speaker that follow each other are one turn."""
+    def _split(self, row: Any, name: str) -> Split:
+        """The turns before the last reply, and that reply. Turns of one speaker that follow each other become one,
+        but a last reply stays apart: what stands before it in only one of the two transcripts is a mismatch."""
         parts = self._turn.split(text_of(row, name).strip())
         if parts[0].strip() or len(parts) < 3:
-            raise Malformed(f"field `{name}` must be a transcript that starts with 'Human:', not {_shown(row[name])}")
+            raise Malformed(f"field `{name}` must be a transcript that starts with 'Human:', not {shown(row[name])}")
+        speakers, texts = parts[1::2], [text.strip() for text in parts[2::2]]
+        reply = texts.pop() if speakers[-1] == "Assistant" else ""
         messages: Messages = []
-        for speaker, text in zip(parts[1::2], parts[2::2], strict=True):
+        for speaker, text in zip(speakers, texts, strict=False):
             role = "user" if speaker == "Human" else "assistant"
             if messages and messages[-1]["role"] == role:
-                messages[-1]["content"] += "\n\n" + text.strip()
+                messages[-1]["content"] += "\n\n" + text
             else:
-                messages.append({"role": role, "content": text.strip()})
-        if messages[-1]["role"] == "user":
-            raise Dirty(EMPTY_REPLY)
-        return make_prompt(messages[:-1], row, ("chosen", "rejected", "annotator", "subset"), name), messages[-1][
-            "content"
-        ]
+                messages.append({"role": role, "content": text})
+        return messages, reply
 
 
 class Preference:
@@ -211,23 +148,16 @@ class Preference:
         return has(row, "chosen", "rejected") and (has(row, "prompt") or isinstance(row["chosen"], list))
 
     def parse(self, row: Any, kind: Kind) -> list[Parsed]:
-        chosen = self._split(row, "chosen")
-        if kind == "prompt":
-            return [chosen[0]]
-        if kind == "demonstration":
-            return [make_demonstration(*chosen)]
-        return [make_pair(chosen, self._split(row, "rejected"), row)]
+        return [parse_pair(row, kind, self._split)]
 
-    def _split(self, row: Any, name: str) -> tuple[Prompt, str]:
+    def _split(self, row: Any, name: str) -> Split:
         value = field_of(row, name)
-        used = ("prompt", "chosen", "rejected", "annotator", "subset")
         if isinstance(value, str):
-            return make_prompt(messages_of(field_of(row, "prompt"), "prompt"), row, used), value
+            return messages_of(field_of(row, "prompt"), "prompt"), value
         messages = messages_of(value, name)
         if messages[-1]["role"] != "assistant":
             raise Malformed(f"field `{name}` must end with an assistant message")
-        before = messages[:-1] or messages_of(field_of(row, "prompt"), "prompt")
-        return make_prompt(before, row, used, name), messages[-1]["content"]
+        return messages[:-1] or messages_of(field_of(row, "prompt"), "prompt"), messages[-1]["content"]
 
 
 class KRanking:
@@ -260,47 +190,30 @@ class KRanking:
         return [
             Ranking(
                 prompt=prompt, responses=responses, ranks=ranks,
-                annotator=_label(row, "annotator"), subset=_label(row, "subset"),
+                annotator=label_of(row, "annotator"), subset=label_of(row, "subset"),
             )
         ]  # fmt: skip
 
     def _responses(self, row: Any) -> list[str]:
         value = field_of(row, "responses")
         if not isinstance(value, list):
-            raise Malformed(f"field `responses` must be a list of texts, not {_shown(value)}")
+            raise Malformed(f"field `responses` must be a list of texts, not {shown(value)}")
         if len(value) < 2:
             raise Malformed(f"field `responses` needs at least 2 entries, not {len(value)}")
         for i, response in enumerate(value):
             if not isinstance(response, str):
-                raise Malformed(f"responses[{i}] must be text, not {_shown(response)}")
+                raise Malformed(f"responses[{i}] must be text, not {shown(response)}")
         return value
 
     def _ranks(self, row: Any) -> list[int | None]:
         value = field_of(row, "ranks")
         if not isinstance(value, list):
-            raise Malformed(f"field `ranks` must be a list of whole numbers, not {_shown(value)}")
+            raise Malformed(f"field `ranks` must be a list of whole numbers, not {shown(value)}")
         for i, rank in enumerate(value):
             if rank is not None and (type(rank) is not int or rank < 1):
-                shown = "NaN" if rank != rank else _shown(rank)
-                raise Malformed(f"ranks[{i}] must be a whole number from 1 (best), or null, not {shown}")
+                found = "NaN" if rank != rank else shown(rank)
+                raise Malformed(f"ranks[{i}] must be a whole number from 1 (best), or null, not {found}")
         return value
-
-
-def merge_copies(responses: list[str], ranks: list[int | None]) -> tuple[list[str], list[int | None]]:
-    """One entry for each text: with its rank if its copies agree, none at all if they contradict each other.
-
-    Raises Dirty if copies leave fewer than two ranked texts. A pair of copies can teach a reward model nothing (it
-    scores them alike), and a contradiction says that the annotator did not compare the texts.
-    """
-    by_text: dict[str, tuple[str, set[int | None]]] = {}
-    for response, rank in zip(responses, ranks, strict=True):
-        by_text.setdefault(response.strip(), (response, set()))[1].add(rank)
-    if len(by_text) == len(responses):
-        return responses, ranks
-    single = [(text, next(iter(found))) for text, found in by_text.values() if len(found) == 1]
-    if sum(rank is not None for _, rank in single) < 2:
-        raise Dirty(IDENTICAL)
-    return [text for text, _ in single], [rank for _, rank in single]
 
 
 class PlainPrompt:

@@ -12,9 +12,10 @@ from typing import Any, Generic, TypeVar
 
 from rlhf.artifacts import canonical
 from rlhf.config import DataConfig, SourceConfig
-from rlhf.data.files import Malformed, Table, read_source
-from rlhf.data.formats import FORMATS, Dirty, Format, Kind, text_of
+from rlhf.data.files import Table, read_source
+from rlhf.data.formats import FORMATS, Format, Kind, Parsed
 from rlhf.data.report import DataReport, FileReport
+from rlhf.data.rows import Dirty, Malformed, text_of
 from rlhf.errors import ConfigError, DataError
 from rlhf.types import Demonstration, Messages, Prompt, Ranking
 
@@ -115,9 +116,6 @@ def _need(source: SourceConfig, key: str) -> SourceConfig:
     if not source.path:
         raise ConfigError(f"{key}.path: is not set; this stage needs it: {key}.path=... (a file, folder, glob, hub id)")
     return source
-
-
-Parsed = Demonstration | Ranking | Prompt
 
 
 def _read_rows(
