@@ -45,11 +45,13 @@ class Table:
 
 
 def read_source(source: SourceConfig, key: str, root: str | None) -> list[Table]:
-    """All tables of a source. Relative paths are taken from `root`, or else from the start directory.
+    """All tables of a source. Relative paths are taken from `root`, or else from the start directory; a path that is
+    `root` itself stands for it, so that an experiment can point all its sources there.
 
     Raises DataError for a missing, empty or unreadable file; problems of single rows stand in the rows.
     """
     assert source.path is not None
+    root = None if source.path == root else root
     paths = resolve(source.path, root)
     if not paths:
         if _may_be_hub_id(source.path):

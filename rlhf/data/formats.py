@@ -13,8 +13,10 @@ from typing import Any, ClassVar, Literal, Protocol
 from rlhf.data.rows import (
     EMPTY_REPLY,
     NO_LABEL,
+    NO_QUESTION,
     Dirty,
     Malformed,
+    NoQuestion,
     Split,
     field_of,
     has,

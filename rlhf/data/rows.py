@@ -1,0 +1,123 @@
+"""Reading one row's fields and making rows of them, shared by all formats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf.types import Demonstration, Messages, Prompt, Ranking
+
+EMPTY_REPLY, EMPTY_PROMPT, NO_QUESTION = "empty reply", "empty prompt", "reply to no question"
+IDENTICAL, MISMATCH, NO_LABEL = "identical responses", "prompt mismatch", "no label"
+_ROLES = ("system", "user", "assistant")
+
+
+Split = tuple[Messages, str]  # a conversation: what stands before its last reply, and that reply
+
+
+class Malformed(ValueError):
+    """A row that cannot be read; the message names the field. Collected, and raised as one DataError a file."""
+
+
+class NoQuestion(Malformed):
+    """A prompt that does not end with a user message."""
+
+
+class Dirty(Exception):
+    """A row to drop and count; the message is the kind of dirt."""
+
+
+def field_of(row: Any, name: str) -> Any:
+    """The value of a field; a null counts as missing."""
+    if not isinstance(row, dict):
+        raise Malformed(f"must be an object with fields, not {shown(row)}")
+    if row.get(name) is None:
+        raise Malformed(f"field `{name}` is missing")
+    return row[name]
+
+
+def text_of(row: Any, name: str) -> str:
+    value = field_of(row, name)
+    if not isinstance(value, str):
+        raise Malformed(f"field `{name}` must be text, not {shown(value)}")
+    return value
+
+
+def shown(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
+
+
+def has(row: Any, *names: str) -> bool:
+    return isinstance(row, dict) and all(row.get(name) is not None for name in names)
+
+
+def messages_of(value: Any, name: str) -> Messages:
+    """Text, which is one user message, or a list of messages, checked."""
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    if not isinstance(value, list) or not value:
+        raise Malformed(f"field `{name}` must be text or a list of messages, not {shown(value)}")
+    for i, message in enumerate(value):
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise Malformed(f"{name}[{i}] must have `role` and `content`, not {shown(message)}")
+        if message["role"] not in _ROLES:
+            raise Malformed(f"{name}[{i}].role must be one of {', '.join(_ROLES)}, not {shown(message['role'])}")
+        if not isinstance(message["content"], str):
+            raise Malformed(f"{name}[{i}].content must be text, not {shown(message['content'])}")
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def make_prompt(messages: Messages, row: Any, used: tuple[str, ...], name: str = "prompt") -> Prompt:
+    """A prompt, with the row's further fields as tags. `used` are the fields that are not tags."""
+    if not messages or messages[-1]["role"] != "user":
+        raise NoQuestion(f"field `{name}`: the prompt must end with a user message")
+    if not messages[-1]["content"].strip():
+        raise Dirty(EMPTY_PROMPT)
+    fields = row if isinstance(row, dict) else {}
+    tags = {k: v for k, v in fields.items() if k not in (*used, "id") and v is not None}
+    given = fields.get("id")
+    return Prompt(messages=messages, id="" if given is None else str(given), tags=tags)
+
+
+def make_demonstration(prompt: Prompt, response: str) -> Demonstration:
+    if not response.strip():
+        raise Dirty(EMPTY_REPLY)
+    return Demonstration(prompt=prompt, response=response)
+
+
+def make_pair(chosen: Split, rejected: Split, row: Any, used: tuple[str, ...]) -> Ranking:
+    """A ranking of two. Checked in this order, so that a row has one kind of dirt: mismatch, empty, identical."""
+    (messages, good), (other, bad) = chosen, rejected
+    if messages != other:
+        raise Dirty(MISMATCH)
+    prompt = make_prompt(messages, row, used)
+    if not good.strip() or not bad.strip():
+        raise Dirty(EMPTY_REPLY)
+    if good.strip() == bad.strip():
+        raise Dirty(IDENTICAL)
+    return Ranking(
+        prompt=prompt, responses=[good, bad], ranks=[1, 2],
+        annotator=label_of(row, "annotator"), subset=label_of(row, "subset"),
+    )  # fmt: skip
+
+
+def label_of(row: Any, name: str) -> str | None:
+    value = row.get(name)
+    return None if value is None else str(value)
+
+
+def merge_copies(responses: list[str], ranks: list[int | None]) -> tuple[list[str], list[int | None]]:
+    """One entry for each text: with its rank if its copies agree, none at all if they contradict each other.
+
+    Raises Dirty if copies leave fewer than two ranked texts. A pair of copies can teach a reward model nothing (it
+    scores them alike), and a contradiction says that the annotator did not compare the texts.
+    """
+    by_text: dict[str, tuple[str, set[int | None]]] = {}
+    for response, rank in zip(responses, ranks, strict=True):
+        by_text.setdefault(response.strip(), (response, set()))[1].add(rank)
+    if len(by_text) == len(responses):
+        return responses, ranks
+    single = [(text, next(iter(found))) for text, found in by_text.values() if len(found) == 1]
+    if sum(rank is not None for _, rank in single) < 2:
+        raise Dirty(IDENTICAL)
+    return [text for text, _ in single], [rank for _, rank in single]
