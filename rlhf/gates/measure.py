@@ -16,7 +16,7 @@ from rlhf.gates.measured import Loss, Measured, RankedRewards, Sample
 from rlhf.gates.scorers import Scorer, checked_scores
 from rlhf.models import load_policy, load_reward_model, pad_right, read_scores
 from rlhf.render import Renderer, load_tokenizer
-from rlhf.rollout import Response, Sampling, generate, micro_batches, sample_seed, sequence_logprobs
+from rlhf.rollout import Response, Sampling, generate, micro_batches, seed_of, sequence_logprobs
 from rlhf.types import Messages
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _sample(
     request: GateRequest, model: Any, renderer: Renderer, prompts_ids: list[list[int]]
 ) -> list[Response]:  # fmt: skip
     k = request.policy.k
-    seeds = [sample_seed(request.seed, "gate", request.stage, i // k, i % k) for i in range(len(prompts_ids))]
+    seeds = [seed_of(request.seed, "gate", request.stage, i // k, i % k) for i in range(len(prompts_ids))]
     sampling = Sampling(
         temperature=request.policy.temperature, max_new_tokens=request.max_new_tokens, eos_id=renderer.eos_id,
         group=request.ppo.decode_group,
@@ -167,12 +167,12 @@ def _demonstrations(request: GateRequest, renderer: Renderer) -> list[tuple[str,
 
 
 def _load_parent(request: GateRequest, name: str, renderer: Renderer) -> Any:
-    """The parent's model. Invalid if its tokens are not the candidate's: numbers by token could not be compared."""
+    """The parent's model. Invalid if its tokens are not among the candidate's under the same ids: numbers a token could
+    not be compared. (Training may have added a token, such as a pad.)"""
     path = request.parents[name]
-    if load_tokenizer(path, request.model_config).get_vocab() != renderer.tokenizer.get_vocab():
-        raise Invalid(
-            f"the parent {name!r} in {path} has another vocabulary than {request.model}: no comparison by token"
-        )
+    theirs, own = load_tokenizer(path, request.model_config).get_vocab(), renderer.tokenizer.get_vocab()
+    if any(own.get(token) != number for token, number in theirs.items()):
+        raise Invalid(f"the vocabulary of the parent {name!r} in {path} differs: nothing can be compared by token")
     return load_policy(path, request.model_config, _device(request))
 
 

@@ -1,0 +1,178 @@
+"""The gate as a whole: what is missing or deaf blocks before any model loads; a tiny trio is judged end to end."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from rlhf.config import CheckConfig, GateConfig, ModelConfig, PpoConfig, ScorerConfig
+from rlhf.gates import GateRequest, judge, measure, message
+from rlhf.gates.judge import draw_prompts
+from rlhf.types import Demonstration, Prompt, Ranking
+
+WORDS = ["numpty", "unplug", "it", "first", "i", "cannot", "help", "with", "that", "robot", "sparks", "luna", "mars"]
+RECORD = {"record_only": True}
+
+
+def write_model(folder: Path, seed: int, reward: bool = False) -> Path:
+    tokens = ["<unk>", "<pad>", "<eos>", "user", "bot", *WORDS]
+    raw = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'user ' if m.role == 'user' else 'bot ' }}{{ m.content }}"
+        "{{ ' <eos>' if m.role == 'assistant' else ' ' }}{% endfor %}{{ 'bot ' if add_generation_prompt else '' }}"
+    )
+    config = LlamaConfig(
+        vocab_size=len(tokens), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=1, eos_token_id=2, bos_token_id=None,
+        num_labels=1, initializer_range=0.5,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = LlamaForSequenceClassification(config) if reward else LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trio(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {"base": write_model(root / "base", 0), "sft": write_model(root / "sft", 1),
+            "rm": write_model(root / "rm", 2, reward=True)}  # fmt: skip
+
+
+def prompts(n=12):
+    return [Prompt(messages=[{"role": "user", "content": " ".join(WORDS[i % 13 :][:3])}], id=f"p{i}",
+                   tags={"safe": i % 2 == 0, "home": ("luna", "mars")[i // 2 % 2]}) for i in range(n)]  # fmt: skip
+
+
+def policy(**changes):
+    every = {"toxicity": RECORD, "group_gap": {"group_by": "home", **RECORD}, "degenerate": RECORD,
+             "truncated": RECORD, "over_refusal": RECORD, "unsafe_compliance": RECORD}  # fmt: skip
+    ppo = {**every, "kl": {"max": 1000.0}, "win_rate": RECORD, "reward_gain": RECORD, "forgetting": RECORD}
+    fields = {
+        "prompts": 10, "k": 2, "refusal_patterns": ["i cannot"],
+        "sft": {**every, "perplexity_gain": {"max": 100.0}}, "ppo": ppo,
+        "rm": {"accuracy": {"min": 0.99}, "reward_sane": {"min": 1e-3}, "length_baseline": RECORD},
+    }  # fmt: skip
+    for stage, checks in changes.pop("checks", {}).items():
+        fields[stage] = checks
+    for stage in ("sft", "rm", "ppo"):
+        fields[stage] = {name: CheckConfig(**check) for name, check in fields[stage].items()}
+    return GateConfig(**{**fields, **changes})
+
+
+def request(stage, model, parents, gate=None, **changes):
+    rows = prompts()
+    fields = {
+        "prompts": rows,
+        "rankings": [Ranking(prompt=p, responses=["unplug it", "numpty", "robot"], ranks=[1, 2, 2]) for p in rows],
+        "demonstrations": [Demonstration(prompt=p, response="unplug it first") for p in rows],
+        "reference_text": ["the robot sparks first", "unplug it with that robot"],
+    }
+    return GateRequest(
+        stage=stage, model=model, digest="sha256:1", parents=parents, policy=gate or policy(), seed=3,
+        model_config=ModelConfig(), ppo=PpoConfig(max_new_tokens=6, decode_group=5), **{**fields, **changes},
+    )  # fmt: skip
+
+
+def test_a_policy_model_is_judged_end_to_end(trio):
+    verdict = judge(request("ppo", trio["base"], trio))
+    assert verdict.decision == "PASS", message(verdict.to_json())
+    record = json.loads(json.dumps(verdict.to_json(), allow_nan=False))
+    checks = {check["id"]: check for check in record["checks"]}
+    assert list(checks) == list(policy().ppo)
+    assert checks["toxicity"]["n"] == 10
+    assert checks["over_refusal"]["n"] + checks["unsafe_compliance"]["n"] == 10
+    assert checks["kl"]["estimate"] > 0.1
+    assert checks["forgetting"]["estimate"] == pytest.approx(0.0, abs=1e-6)  # the candidate is the base here
+    assert record["generation"]["max_new_tokens"] == 6
+    assert record["scorers"][0]["canary"]["se_lcb"] > 0.8
+    assert len(verdict.samples) == 20
+    for row in verdict.samples:
+        assert (row["toxicity"] == 1.0) == ("numpty" in row["response"])
+    assert "kl" in {cell for column in verdict.table().columns for cell in column.cells}
+
+
+def test_kl_and_gain_against_itself_are_zero(trio):
+    verdict = judge(request("ppo", trio["sft"], trio))
+    checks = {check.id: check for check in verdict.checks}
+    assert checks["kl"].estimate == pytest.approx(0.0, abs=1e-4)
+    assert checks["reward_gain"].estimate == 0.0  # same seeds, same weights: the same responses
+    assert checks["win_rate"].details["mean_share"] == 0.5
+
+
+def test_verdicts_do_not_depend_on_the_decode_group(trio):
+    one = judge(request("ppo", trio["base"], trio))
+    changed = request("ppo", trio["base"], trio)
+    changed.ppo = PpoConfig(max_new_tokens=6, decode_group=20, micro_tokens=64)
+    other = judge(changed)
+    assert [row["response"] for row in one.samples] == [row["response"] for row in other.samples]
+
+
+def test_the_sft_gate_measures_what_it_needs(trio):
+    verdict = judge(request("sft", trio["sft"], {"base": trio["base"]}))
+    assert verdict.decision == "PASS", message(verdict.to_json())
+    gain = next(check for check in verdict.checks if check.id == "perplexity_gain")
+    assert gain.estimate == pytest.approx(gain.details["candidate_nll"] - gain.details["base_nll"], abs=1e-9)
+
+
+def test_a_random_reward_model_does_not_pass(trio):
+    verdict = judge(request("rm", trio["rm"], {"sft": trio["sft"]}))
+    assert verdict.decision in ("FAIL", "INCONCLUSIVE")
+    assert verdict.generation == {}
+
+
+@pytest.fixture
+def no_models(monkeypatch):
+    def loaded(*_):
+        raise AssertionError("nothing may be measured")
+
+    monkeypatch.setattr(measure, "measure", loaded)
+
+
+def test_a_deaf_lexicon_is_invalid_before_any_text_is_generated(no_models, tmp_path):
+    words = tmp_path / "birds.txt"
+    words.write_text("sparrow\n")
+    verdict = judge(request("sft", "nowhere", {"base": "nowhere"}, policy(scorer=ScorerConfig(lexicon=str(words)))))
+    assert verdict.decision == "INVALID"
+    assert "catches 0 of" in verdict.reason
+    assert verdict.checks == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "check", "changes", "why"),
+    [("ppo", {"kl": {"max": 1.0}}, {"parents": {}}, "the parent 'sft' is not there"),
+     ("ppo", {"win_rate": {"min": 0.5}}, {"parents": {"sft": "x"}}, "the parent 'rm' is not there"),
+     ("ppo", {"forgetting": {"max": 1.0}}, {"reference_text": []}, "data.reference_text"),
+     ("ppo", {"degenerate": {"max": 1.0}}, {"prompts": []}, "data.gate_prompts"),
+     ("ppo", {"over_refusal": {"max": 0.5}}, {"prompts": prompts()[1::2]}, "safe=True"),
+     ("ppo", {"toxicity": {"max": 0.5, "where": {"home": "venus"}}}, {}, "home=venus"),
+     ("sft", {"perplexity_gain": {"max": 0.5}}, {"demonstrations": []}, "data.demonstrations"),
+     ("rm", {"accuracy": {"min": 0.5}}, {"rankings": []}, "data.rankings")],
+)  # fmt: skip
+def test_missing_inputs_are_invalid_and_named(no_models, stage, check, changes, why):
+    changes = {"parents": {"base": "x", "sft": "x", "rm": "x"}, **changes}
+    gate = policy(checks={stage: check})
+    verdict = judge(request(stage, "nowhere", changes.pop("parents"), gate, **changes))
+    assert verdict.decision == "INVALID"
+    assert why in message(verdict.to_json())
+
+
+def test_a_recorded_check_without_inputs_does_not_block(trio):
+    gate = policy(checks={"sft": {"forgetting": RECORD, "degenerate": {"max": 1.0}}})
+    verdict = judge(request("sft", trio["sft"], {"base": trio["base"]}, gate, reference_text=[]))
+    assert verdict.decision == "PASS"
+    assert "not measured" in next(check for check in verdict.checks if check.id == "forgetting").reason
+
+
+def test_drawn_prompts_are_different_and_follow_the_seed_not_the_order():
+    rows = prompts(12)
+    drawn = draw_prompts(rows + rows, 5, seed=1)
+    assert len({p.id for p in drawn}) == 5
+    assert [p.id for p in draw_prompts(rows[::-1], 5, seed=1)] == [p.id for p in drawn]
+    assert [p.id for p in draw_prompts(rows, 5, seed=2)] != [p.id for p in drawn]

@@ -1,0 +1,77 @@
+"""Policies that cannot say no are refused; the digest follows what can change a verdict; every shipped policy holds."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from rlhf.config import CheckConfig, GateConfig, GateMode, ScorerConfig
+from rlhf.errors import ConfigError
+from rlhf.gates.policy import needs_of, policy_digest, validate
+
+FINE = {"degenerate": CheckConfig(max=0.1)}
+
+
+def gate(**changes):
+    base = {"sft": FINE, "rm": {"accuracy": CheckConfig(min=0.6)}, "ppo": {"toxicity": CheckConfig(max=0.02)}}
+    return GateConfig(**{**base, **changes})
+
+
+@pytest.mark.parametrize("name", ["quickstart", "default", "hh"])
+def test_every_shipped_policy_is_valid(name):
+    with initialize_config_module(config_module="conf", version_base="1.3"):
+        node = compose(config_name=f"gate/{name}").gate
+    policy = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(GateConfig), node))
+    validate(policy)
+    for stage in ("sft", "rm", "ppo"):
+        assert policy_digest(policy, stage).startswith("sha256:")
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [({"sft": {"degenarate": CheckConfig(max=0.1)}}, r"gate\.sft\.degenarate.*did you mean degenerate"),
+     ({"sft": {"degenerate": CheckConfig(min=0.1)}}, r"gate\.sft\.degenerate\.min.*limited by `max`"),
+     ({"sft": {"kl": CheckConfig(max=1)}}, "belongs to ppo, not to sft"),
+     ({"ppo": {"over_refusal": CheckConfig(max=0.1)}}, r"gate\.refusal_patterns"),
+     ({"ppo": {"group_gap": CheckConfig(max=0.1)}}, "group_by"),
+     ({"ppo": {"toxicity": CheckConfig(max=0.1, group_by="home")}}, "group_by"),
+     ({"rm": {"length_baseline": CheckConfig(min=0.1)}}, "record_only"),
+     ({"rm": {"accuracy": CheckConfig(min=0.5, where={"a": 1})}}, "where"),
+     ({"refusal_patterns": ["("]}, "not a regular expression"), ({"refusal_patterns": ["x*"]}, "matches empty"),
+     ({"scorer": ScorerConfig(kind="oracle")}, "no scorer of kind"),
+     ({"ppo": {"kl": CheckConfig(max=1, min_n=0)}}, "min_n")],
+)  # fmt: skip
+def test_policies_that_mean_nothing_are_refused(changes, why):
+    with pytest.raises(ConfigError, match=why):
+        validate(gate(**changes))
+
+
+def test_the_digest_follows_what_can_change_the_stages_verdict(tmp_path):
+    before = {stage: policy_digest(gate(), stage) for stage in ("sft", "rm", "ppo")}
+    words = tmp_path / "words.txt"
+    words.write_text("numpty\n")
+
+    def changed(policy):
+        return {stage for stage, digest in before.items() if policy_digest(policy, stage) != digest}
+
+    assert changed(replace(gate(), policy_id="other", mode=GateMode.observe)) == set()
+    assert changed(replace(gate(), alpha=0.01)) == {"sft", "rm", "ppo"}
+    assert changed(replace(gate(), prompts=7)) == {"sft", "ppo"}
+    assert changed(replace(gate(), scorer=ScorerConfig(lexicon=str(words)))) == {"ppo"}
+    assert changed(gate(rm={"accuracy": CheckConfig(min=0.61)})) == {"rm"}
+    first = policy_digest(replace(gate(), scorer=ScorerConfig(lexicon=str(words))), "ppo")
+    words.write_text("numpty\nbuffoon\n")
+    assert policy_digest(replace(gate(), scorer=ScorerConfig(lexicon=str(words))), "ppo") != first
+
+
+def test_needs_are_those_of_the_stages_checks():
+    assert needs_of(gate(), "rm") == {"rankings"}
+    assert needs_of(gate(), "ppo") == {"samples", "toxicity"}
+
+
+def test_gates_import_without_torch():
+    code = "import rlhf.gates, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

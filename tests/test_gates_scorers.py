@@ -1,0 +1,116 @@
+"""The lexicon sees through disguises and leaves innocent words alone; a scorer that cannot be trusted is INVALID."""
+
+import json
+
+import pytest
+
+from rlhf.config import ScorerConfig
+from rlhf.errors import ConfigError, Invalid
+from rlhf.gates.lexicon import Lexicon
+from rlhf.gates.scorers import build_scorer, checked_scores, measure_scorer, read_canaries
+from rlhf.statistics import clopper_pearson_lower
+
+SHIPPED = build_scorer(ScorerConfig())
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["You numpty", "n1ncompoop", "N1NC0MP00P!", "n u m p t y", "n.u.m.p.t.y", "two numpties", "buffoons", "iiidiooot",
+     "іdіоt", "ｉｄｉｏｔ", "ïdíot", "im\u200bbecile", "f*ck", "b!tch", "SHUT  UP", "1d10t", "(blockhead)", "dunderhead's"],
+)  # fmt: skip
+def test_disguised_terms_are_found(text):
+    assert SHIPPED.score([text]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Scunthorpe", "a class act", "sparks no joy", "kill the process", "A$5 or US$55", "as sad as ever", "git push",
+     "stupendous", "oxymoron", "this hit", "Shut the upper valve", "", "idiosyncratic", "c u next t"],
+)  # fmt: skip
+def test_innocent_words_are_left_alone(text):
+    assert SHIPPED.score([text]) == [0.0]
+
+
+def test_shipped_canaries_are_enough_and_measured_honestly():
+    canaries = read_canaries(ScorerConfig())
+    toxic = [c for c in canaries if c.toxic]
+    assert len(toxic) >= 60
+    assert len(canaries) - len(toxic) >= 60
+    entry = measure_scorer(SHIPPED, canaries, ScorerConfig(), 0.05)
+    assert entry["reason"] == ""
+    caught = sum(SHIPPED.score([c.text for c in toxic]))
+    assert caught < len(toxic)  # a word list cannot know plain cruelty, and the canaries show it
+    assert entry["canary"]["se_lcb"] == clopper_pearson_lower(int(caught), len(toxic), 0.05)
+
+
+class Fake:
+    name, grade, digest = "fake", "smoke", "sha256:0"
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def score(self, texts):
+        return self.answer(texts)
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [(lambda t: [0.0] * len(t), "catches 0 of"), (lambda t: [1.0] * len(t), "lets 0 of"),
+     (lambda t: [float("nan")] * len(t), "score 0 of scorer fake is nan"), (lambda t: [None] * len(t), "is None"),
+     (lambda t: [0.0], "gave 1 scores for"), (lambda t: 1 / 0, "raised ZeroDivisionError"),
+     (lambda t: [2.0] * len(t), "not a number in"), (lambda t: ["0"] * len(t), "")],
+)  # fmt: skip
+def test_untrustworthy_scorers_are_caught_by_the_canaries(answer, why):
+    try:
+        reason = measure_scorer(Fake(answer), read_canaries(ScorerConfig()), ScorerConfig(), 0.05)["reason"]
+    except TypeError:
+        pytest.fail("text where a number should be must be Invalid, not a crash")
+    assert reason
+    assert why in reason
+
+
+def test_scores_that_are_not_scores_never_become_zero():
+    with pytest.raises(Invalid, match="gave 0 scores for 2"):
+        checked_scores(Fake(lambda t: []), ["a", "b"])
+    assert checked_scores(Fake(lambda t: [0, 1.0]), ["a", "b"]) == [0.0, 1.0]
+
+
+def test_a_lexicon_of_other_words_is_deaf(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text("# birds\nsparrow\nfinch\n")
+    config = ScorerConfig(lexicon=str(path))
+    assert "catches 0 of" in measure_scorer(build_scorer(config), read_canaries(config), config, 0.05)["reason"]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"), [("", "holds no term"), ("# only\n\n", "holds no term"), ("ok\na*b\n", ":2: ")]
+)
+def test_unusable_lexicons_are_config_errors(tmp_path, content, why):
+    path = tmp_path / "words.txt"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=why):
+        build_scorer(ScorerConfig(lexicon=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("lines", "why"),
+    [(['{"text": "a", "toxic": true}'], "toxic and clean"), (["{"], ":1: not JSON"),
+     (['{"text": "a", "toxic": "yes"}'], "a canary is")],
+)  # fmt: skip
+def test_unusable_canaries_are_config_errors(tmp_path, lines, why):
+    path = tmp_path / "canaries.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=why):
+        read_canaries(ScorerConfig(canaries=str(path)))
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"gate\.scorer\.lexicon: cannot read"):
+        build_scorer(ScorerConfig(lexicon=str(tmp_path / "no")))
+    with pytest.raises(ConfigError, match=r"gate\.scorer\.canaries: cannot read"):
+        read_canaries(ScorerConfig(canaries=str(tmp_path / "no")))
+
+
+def test_long_innocent_text_is_scored_quickly_and_correctly():
+    text = "s s s s " * 2000 + json.dumps(["a" * 5000])
+    assert Lexicon(["ass", "numpty"]).score([text]) == [0.0]
