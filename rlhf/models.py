@@ -194,6 +194,20 @@ def read_scores(model: Any, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
     return scores_B
 
 
+@torch.no_grad()
+def score_ids(model: Any, rows: Sequence[list[int]], micro_tokens: int) -> list[float]:
+    """The reward of each row of token ids, in length-sorted forward passes of at most `micro_tokens` tokens."""
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    scores = [0.0] * len(rows)
+    for places in micro_batches([len(row) for row in rows], micro_tokens):
+        found = read_scores(model, *pad_right([rows[place] for place in places], 0, device)).tolist()
+        for place, score in zip(places, found, strict=True):
+            scores[place] = score
+    model.train(training)
+    return scores
+
+
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write model and tokenizer to `folder` as safetensors, open it as a user would and compare.
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from rlhf.artifacts import (
     atomic_folder,
@@ -44,6 +44,8 @@ SCHEDULES = {
     Schedule.linear: "linear",
     Schedule.cosine: "cosine",
 }
+# The option was renamed, and TRL turns the old one on. Both are set where both exist.
+CHECKPOINTING = {f.name for f in fields(TrainingArguments)} & {"activation_checkpointing", "gradient_checkpointing"}
 Measure = Callable[[], dict[str, float]]  # held-out metrics; "loss" is what the best checkpoint is chosen by
 
 
@@ -90,6 +92,7 @@ def trainer_options(plan: Plan, context: Context, model: ModelConfig) -> dict[st
         "use_cpu": context.device.type == "cpu",
         "bf16": model.dtype is Dtype.bfloat16,
         "fp16": False,
+        **dict.fromkeys(CHECKPOINTING, model.activation_checkpointing),
         "eval_strategy": "no",  # when to evaluate, log and save is decided in `Recorder`
         "save_strategy": "no",
         "logging_strategy": "no",

@@ -8,101 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from supervised_toys import CPU, make_config, make_context, tiny_base
 
 from rlhf.artifacts import checkpoints
-from rlhf.config import LoraConfig, ModelConfig, OptimConfig, Schedule
+from rlhf.config import LoraConfig, ModelConfig
 from rlhf.errors import Preempted, TrainingError
 from rlhf.models import load_policy
-from rlhf.types import Demonstration, Prompt
 from stages import sft
-
-CPU = torch.device("cpu")
-WORDS = ["<eos>", "<pad>", "<user>", "<bot>", *[f"w{i}" for i in range(12)]]
-
-
-def make_tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="w0")
-
-
-class Renderer:
-    """<user> words <bot> words <eos>."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    def full_ids(self, messages: list[dict[str, str]], response: str) -> tuple[list[int], int]:
-        prompt = [2, *(WORDS.index(w) for w in messages[-1]["content"].split()), 3]
-        return [*prompt, *(WORDS.index(w) for w in response.split()), 0], len(prompt)
-
-
-class Log:
-    def __init__(self) -> None:
-        self.lines: list[tuple[int, dict[str, float]]] = []
-
-    def log(self, metrics: Any, step: int) -> None:
-        self.lines.append((step, dict(metrics)))
-
-    def values(self, name: str) -> dict[int, float]:
-        return {step: metrics[name] for step, metrics in self.lines if name in metrics}
-
-
-def tiny_base(folder: Path, kind: str = "llama") -> Path:
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    if kind == "llama":
-        model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=64, eos_token_id=0, bos_token_id=None, pad_token_id=1,
-        ))  # fmt: skip
-    else:
-        model = GPT2LMHeadModel(GPT2Config(
-            vocab_size=16, n_embd=16, n_layer=2, n_head=2, n_positions=64, eos_token_id=0, bos_token_id=0,
-            pad_token_id=1, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-        ))  # fmt: skip
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def demonstrations(count: int) -> list[Demonstration]:
-    """The answer repeats the question's first word, 1 to 4 times."""
-    rows = []
-    for i in range(count):
-        words = [f"w{(i * 7 + j) % 12}" for j in range(1 + i % 5)]
-        prompt = Prompt(messages=[{"role": "user", "content": " ".join(words)}], where=f"d.jsonl:{i + 1}")
-        rows.append(Demonstration(prompt=prompt, response=" ".join([words[0]] * (1 + i % 4))))
-    return rows
-
-
-def make_context(folder: Path, base: Path, train: int = 24, stop_at: int | None = None) -> Any:
-    rows = demonstrations(train + 8)
-    log = Log()
-    asked = SimpleNamespace(count=0)
-
-    def stopping() -> bool:
-        asked.count += 1
-        return asked.count == stop_at
-
-    loaded = SimpleNamespace(train=rows[:train], heldout=rows[train:])
-    return SimpleNamespace(
-        stage="sft", folder=folder, parents={"base": base}, parent_extra={}, renderer=Renderer(make_tokenizer()),
-        data=SimpleNamespace(demonstrations=loaded, rankings=None), device=CPU, tracker=log, stopping=stopping,
-    )  # fmt: skip
-
-
-def make_config(**optim: Any) -> Any:
-    options = {"learning_rate": 5e-3, "epochs": 2, "batch": 8, "micro_batch": 8, "schedule": Schedule.linear,
-               "warmup": 0.0, "evals": 2, "checkpoint_every": 2, **optim}  # fmt: skip
-    return SimpleNamespace(
-        seed=0, model=ModelConfig(path="x"), data=SimpleNamespace(max_length=64),
-        sft=SimpleNamespace(optim=OptimConfig(**options), packing=False, lora=LoraConfig()),
-    )  # fmt: skip
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

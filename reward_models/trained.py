@@ -1,0 +1,30 @@
+"""The reward that PPO is paid by default: a reward model trained by stage=rm, or any folder of that kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf.config import LaunchConfig, ModelConfig
+from rlhf.models import load_reward_model, pick_device, score_ids
+from rlhf.render import Renderer, load_tokenizer
+
+
+class TrainedReward:
+    """The score of a sequence classifier at the end token, raw: PPO normalises it.
+
+    artifact: folder (or hub id) of the model, with its own tokenizer, which need not be the policy's.
+    micro_tokens: tokens of one forward pass, padding included; it cannot change the result.
+    device: auto, cpu or cuda.
+    """
+
+    def __init__(self, artifact: str, micro_tokens: int = 8192, device: str = "auto") -> None:
+        config = ModelConfig(path=artifact)
+        self.micro_tokens = micro_tokens
+        self.renderer = Renderer(load_tokenizer(artifact, config))
+        self.model = load_reward_model(artifact, config, pick_device(LaunchConfig(device=device)))
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+        """One reward a response. The prompt is `row["messages"]`, as the reward model was trained, not its text."""
+        ids = [self.renderer.full_ids(row["messages"], text)[0] for row, text in zip(rows, responses, strict=True)]
+        return score_ids(self.model, ids, self.micro_tokens)

@@ -1,0 +1,262 @@
+"""Stage 2, the reward model: a scalar head on the SFT model, trained on rankings of K responses to a prompt.
+
+The loss is `rlhf.ranking_loss`: the mean over a prompt's comparable pairs, then the mean over the prompts of an update.
+All responses of a prompt stand in one element, so that each is forwarded once and none is both in training and held
+out. Departure from Ouyang et al. 2022: ties count, with one half as their target.
+
+The finished model is measured once more: the mean and standard deviation of its rewards on held-out demonstrations go
+into the manifest, so that PPO can use rewards of mean 0 and deviation 1.
+
+    python -m rlhf stage=rm
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer as HFTrainer
+from transformers import TrainingArguments
+
+from rlhf.artifacts import atomic_folder
+from rlhf.config import Config
+from rlhf.errors import DataError, TrainingError
+from rlhf.lora import add_lora, is_lora, merge_lora, save_adapter
+from rlhf.models import (
+    DTYPES,
+    check_vocabulary,
+    ensure_pad,
+    load_reward_model,
+    micro_batches,
+    pad_right,
+    read_scores,
+    save_model,
+    score_ids,
+    training_config,
+)
+from rlhf.ranking_loss import Pairs, center_penalty, comparable_pairs, make_pairs, pair_loss
+from rlhf.render import Renderer
+from rlhf.statistics import clopper_pearson_lower, clopper_pearson_upper
+from rlhf.training import Loop, Supervised, find_resume, fit, make_plan, trainer_options
+from rlhf.types import Ranking, StageResult
+
+if TYPE_CHECKING:
+    from rlhf.context import Context
+
+RECIPE = 1
+FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}  # of one forward pass, padding included; cannot change the result
+ALPHA = 0.05  # of the interval of the held-out accuracy
+
+
+@dataclass(kw_only=True, slots=True)
+class Row:
+    """One ranking as token ids (prompt and response each), its ranks and the responses' lengths in tokens."""
+
+    ids: list[list[int]]
+    ranks: list[int | None]
+    response_lengths: list[int]
+
+
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    """Rankings as the model reads them: all responses sorted by length and cut, whatever prompt they belong to."""
+
+    chunks: list[tuple[Tensor, Tensor]]  # ids_BT and lengths_B
+    back_N: Tensor  # where in the chunks' rows, laid end to end, each response is
+    pairs: Pairs
+    ranks: list[list[int | None]]
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            chunks=[(ids.to(device), lengths.to(device)) for ids, lengths in self.chunks],
+            back_N=self.back_N.to(device), pairs=self.pairs.to(device), ranks=self.ranks,
+        )  # fmt: skip
+
+
+def collate(rows: Sequence[Row], tie_weight: float, micro_tokens: int) -> Batch:
+    """K may differ from row to row; short responses are not padded to the longest of the batch."""
+    responses = [ids for row in rows for ids in row.ids]
+    groups = micro_batches([len(ids) for ids in responses], micro_tokens)
+    back = torch.empty(len(responses), dtype=torch.long)
+    back[[place for group in groups for place in group]] = torch.arange(len(responses))
+    cpu = torch.device("cpu")
+    return Batch(
+        chunks=[pad_right([responses[place] for place in group], 0, cpu) for group in groups],
+        back_N=back, pairs=make_pairs([row.ranks for row in rows], tie_weight), ranks=[row.ranks for row in rows],
+    )  # fmt: skip
+
+
+class Trainer(Supervised, HFTrainer):  # type: ignore[misc]  # transformers ships no types
+    """transformers.Trainer with the ranking loss. `center_coef` is set beside `loop`."""
+
+    center_coef = 0.0
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
+        # Without labels the Trainer cannot count. The prompts of the whole update are what the loss is divided by.
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return samples, torch.tensor(sum(len(sample["batch"].ranks) for sample in samples), device=device)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        batch: Batch = inputs["batch"].to(self.args.device)
+        with self.accelerator.autocast():
+            rewards_N = torch.cat([read_scores(model, *chunk) for chunk in batch.chunks])[batch.back_N]
+        loss = pair_loss(rewards_N, batch.pairs)
+        if self.center_coef:
+            loss = loss + self.center_coef * center_penalty(rewards_N, batch.ranks)
+        mean: Tensor = loss / num_items_in_batch
+        return mean
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0
+
+
+def run(cfg: Config, context: Context) -> StageResult:
+    """Train a reward model on `context.data.rankings`; writes model/ (and adapter/ with LoRA)."""
+    # 1. The SFT model with a new head, and a pad token that is not its end token.
+    start = context.parents["sft"]
+    config = training_config(cfg.model)
+    model = load_reward_model(start, config, context.device, init_head=True, seed=cfg.seed)
+    check_vocabulary(model, context.renderer.tokenizer, start)
+    tokenizer = copy.deepcopy(context.renderer.tokenizer)
+    ensure_pad(model, tokenizer)
+
+    # 2. Rankings to token ids, with the tokenizer that scores in PPO.
+    assert context.data.rankings is not None
+    renderer = Renderer(tokenizer)
+    rows = render(context.data.rankings.train, renderer, cfg.rm.tie_weight)
+    heldout = render(context.data.rankings.heldout, renderer, cfg.rm.tie_weight)
+    plan = make_plan(cfg.rm.optim, len(rows), cfg.seed)
+
+    # 3. Updates.
+    if cfg.rm.lora.enabled:
+        model = add_lora(model, cfg.rm.lora, cfg.seed)
+    checkpoints = context.folder / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    resume = find_resume(checkpoints)
+    lengths = [sum(len(ids) for ids in row.ids) for row in rows]
+    loop = Loop(
+        plan=plan, context=context, measure=lambda: measure(model, heldout, cfg.rm.tie_weight), lengths=lengths
+    )  # fmt: skip
+    outcome = fit(make_trainer(cfg, model, rows, loop), resume)
+
+    # 4. The best weights, merged, saved and opened again.
+    if is_lora(model):
+        with atomic_folder(context.folder / "adapter") as part:
+            save_adapter(model, part)
+        model = merge_lora(model)
+    model = model.to(DTYPES[cfg.model.dtype]).eval()
+    with atomic_folder(context.folder / "model") as part:
+        save_model(model, tokenizer, part)
+
+    # 5. Held-out accuracy with its interval, and the scale of the rewards.
+    extra = {**reward_scale(model, renderer, context, heldout), "best_update": outcome.best_update}
+    metrics = {"rm/eval_loss": outcome.metrics["loss"], **accuracy(model, rows, heldout, cfg.seed)}
+    return StageResult(
+        metrics=metrics, stop_reason=outcome.stop_reason, updates=outcome.updates,
+        planned_updates=plan.updates, extra=extra,
+    )  # fmt: skip
+
+
+def render(rankings: Sequence[Ranking], renderer: Renderer, tie_weight: float) -> list[Row]:
+    """Token ids of each ranking that has a comparable pair. DataError if there is none."""
+    rows = []
+    for ranking in rankings:
+        strict, tied = comparable_pairs(ranking.ranks)
+        if not strict and not (tied and tie_weight > 0):
+            continue
+        full = [renderer.full_ids(ranking.prompt.messages, response) for response in ranking.responses]
+        lengths = [len(ids) - start for ids, start in full]
+        rows.append(Row(ids=[ids for ids, _ in full], ranks=ranking.ranks, response_lengths=lengths))
+    if not rows:
+        raise DataError(
+            "data.rankings: no comparable pair is left for one side of the split into training and held-out rows"
+        )
+    return rows
+
+
+def make_trainer(cfg: Config, model: Any, rows: list[Row], loop: Loop) -> Any:
+    micro_tokens = FORWARD_TOKENS.get(loop.context.device.type, 2048)
+    trainer = Trainer(
+        model=model, args=TrainingArguments(**trainer_options(loop.plan, loop.context, cfg.model)), train_dataset=rows,
+        data_collator=lambda part: {"batch": collate(part, cfg.rm.tie_weight, micro_tokens)},
+    )  # fmt: skip
+    trainer.loop = loop
+    trainer.center_coef = cfg.rm.center_coef
+    trainer.model_accepts_loss_kwargs = True  # the loss is divided by the whole update's prompts, not once more
+    return trainer
+
+
+def rewards(model: Any, rows: Sequence[Row]) -> list[list[float]]:
+    """The reward of each response of each ranking."""
+    flat = iter(score_ids(model, [ids for row in rows for ids in row.ids], 4096))
+    return [[next(flat) for _ in row.ids] for row in rows]
+
+
+def measure(model: Any, rows: Sequence[Row], tie_weight: float) -> dict[str, float]:
+    """Held-out loss (nats a pair, mean over prompts) and accuracy over all strict pairs."""
+    scored = rewards(model, rows)
+    flat_N = torch.tensor([value for row in scored for value in row])
+    loss = float(pair_loss(flat_N, make_pairs([row.ranks for row in rows], tie_weight))) / len(rows)
+    right, count = agreement(scored, rows)
+    return {"loss": loss, "accuracy": right / max(count, 1)}
+
+
+def agreement(values: Sequence[Sequence[float]], rows: Sequence[Row]) -> tuple[int, int]:
+    """Strict pairs whose better response has the greater value, and strict pairs. Equal values are a miss."""
+    right = count = 0
+    for value, row in zip(values, rows, strict=True):
+        strict, _ = comparable_pairs(row.ranks)
+        right += sum(value[better] > value[worse] for better, worse in strict)
+        count += len(strict)
+    return right, count
+
+
+def accuracy(model: Any, train: Sequence[Row], heldout: Sequence[Row], seed: int) -> dict[str, float]:
+    """Held-out accuracy: over all strict pairs, and over one random pair a prompt, which are independent, so that
+    their exact (Clopper-Pearson, two-sided 95 %) interval holds. Beside it what length alone scores, in the direction
+    that is right more often in training."""
+    scored = rewards(model, heldout)
+    right, count = agreement(scored, heldout)
+    if not count:
+        raise DataError("data.rankings: no held-out ranking has a strict pair, so the accuracy cannot be measured")
+    draw = random.Random(seed)
+    drawn = []
+    for value, row in zip(scored, heldout, strict=True):
+        strict, _ = comparable_pairs(row.ranks)
+        if strict:
+            better, worse = draw.choice(strict)
+            drawn.append(value[better] > value[worse])
+    k, n = sum(drawn), len(drawn)
+    longer = agreement([row.response_lengths for row in train], train)
+    shorter = agreement([[-length for length in row.response_lengths] for row in train], train)
+    sign = 1 if longer[0] >= shorter[0] else -1
+    by_length, _ = agreement([[sign * length for length in row.response_lengths] for row in heldout], heldout)
+    return {
+        "rm/accuracy": right / count, "rm/pairs": count, "rm/one_pair_accuracy": k / n, "rm/prompts": n,
+        "rm/one_pair_lower": clopper_pearson_lower(k, n, ALPHA / 2),
+        "rm/one_pair_upper": clopper_pearson_upper(k, n, ALPHA / 2), "rm/length_accuracy": by_length / count,
+    }  # fmt: skip
+
+
+def reward_scale(model: Any, renderer: Renderer, context: Context, heldout: Sequence[Row]) -> dict[str, Any]:
+    """Mean and standard deviation of the reward on held-out demonstrations, or without any on held-out rankings."""
+    demonstrations = context.data.demonstrations
+    rows = list(demonstrations.heldout) if demonstrations else []
+    if len(rows) >= 2:
+        ids = [renderer.full_ids(row.prompt.messages, row.response)[0] for row in rows]
+    else:
+        ids = [ids for row in heldout for ids in row.ids]
+    values = score_ids(model, ids, 4096)
+    spread = statistics.pstdev(values)
+    if not spread > 1e-9:
+        raise TrainingError("the reward model gives every response the same reward: raise rm.optim.learning_rate")
+    source = "held-out demonstrations" if len(rows) >= 2 else "held-out rankings"
+    return {"reward_mean": statistics.fmean(values), "reward_std": spread, "normalised_on": source}

@@ -1,0 +1,157 @@
+"""The reward model: its loss by the definition, resume, export, accuracy and scale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from supervised_toys import CPU, make_config, make_context, tiny_base
+
+from reward_models.trained import TrainedReward
+from rlhf.config import LoraConfig, ModelConfig
+from rlhf.errors import ConfigError, Preempted
+from rlhf.models import load_reward_model, score_ids
+from rlhf.render import Renderer, load_tokenizer
+from rlhf.statistics import clopper_pearson_lower
+from stages import rm
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = load_reward_model(folder / "model", ModelConfig(), CPU).state_dict()
+    return state
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An unbroken run that learns the toy, on a model whose pad token is its end token."""
+    folder = tmp_path_factory.mktemp("whole")
+    start = tiny_base(folder / "start", pad="<eos>")
+    context = make_context(folder, start, pad="<eos>")
+    return SimpleNamespace(context=context, result=rm.run(make_config(epochs=20), context))
+
+
+def test_learns_the_order_and_reports_the_interval(whole: Any) -> None:
+    metrics = whole.result.metrics
+    assert metrics["rm/accuracy"] >= 0.9
+    assert metrics["rm/prompts"] == 8  # one pair from each held-out prompt
+    right = round(metrics["rm/one_pair_accuracy"] * 8)
+    assert metrics["rm/one_pair_lower"] == pytest.approx(clopper_pearson_lower(right, 8, 0.025))
+    assert metrics["rm/one_pair_lower"] < metrics["rm/one_pair_accuracy"] <= metrics["rm/one_pair_upper"]
+
+
+def test_export_scores_alike_through_the_plain_class(whole: Any) -> None:
+    """pad == eos in the SFT model: exported as it is, a padded row would be read one token early."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = whole.context.folder / "model"
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    rows = [ids for row in whole.context.data.rankings.heldout for ids in
+            [Renderer(tokenizer).full_ids(row.prompt.messages, text)[0] for text in row.responses]]  # fmt: skip
+    padded = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+    with torch.no_grad():
+        plain = model(**padded).logits[:, 0].tolist()
+    ours = score_ids(load_reward_model(folder, ModelConfig(), CPU), rows, 64)
+    assert plain == pytest.approx(ours, abs=1e-6)
+    assert len({len(row) for row in rows}) > 2
+
+
+def test_trained_reward_scores_text_as_training_did(whole: Any) -> None:
+    context = whole.context
+    reward = TrainedReward(str(context.folder / "model"), micro_tokens=40)
+    held = context.data.rankings.heldout
+    renderer = Renderer(load_tokenizer(context.folder / "model", ModelConfig()))
+    rows = rm.render(held, renderer, 1.0)
+    expected = [value for row in rm.rewards(reward.model, rows) for value in row]
+    flat = [(row.prompt.messages, text) for row in held for text in row.responses]
+    found = reward.score(["ignored"] * len(flat), [text for _, text in flat], [{"messages": m} for m, _ in flat])
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_scale_is_that_of_held_out_demonstrations(whole: Any) -> None:
+    reward = TrainedReward(str(whole.context.folder / "model"))
+    held = whole.context.data.demonstrations.heldout
+    found = torch.tensor(
+        reward.score([""] * 8, [row.response for row in held], [{"messages": row.prompt.messages} for row in held])
+    )
+    extra = whole.result.extra
+    scaled = (found - extra["reward_mean"]) / extra["reward_std"]
+    assert float(scaled.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(scaled.pow(2).mean()) == pytest.approx(1, abs=1e-4)
+    assert extra["normalised_on"] == "held-out demonstrations"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_micro_batch_cannot_change_the_update(tmp_path: Path, kind: str) -> None:
+    """The loss is a mean over prompts, not over pairs: prompts here have 1, 3 and 6."""
+    base = tiny_base(tmp_path / "base", kind)
+    found = []
+    for micro in (8, 1):
+        cfg = make_config(micro_batch=micro, epochs=1, evals=1, learning_rate=1e-3)
+        cfg.rm.center_coef = 0.1
+        context = make_context(tmp_path / str(micro), base, train=8)
+        rm.run(cfg, context)
+        numbers = context.tracker
+        found.append((numbers.values("train/loss")[1], numbers.values("train/grad_norm")[1], weights(context.folder)))
+    assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-5)
+    for name, value in found[0][2].items():
+        assert torch.allclose(value, found[1][2][name], atol=1e-5), name
+
+
+def test_first_loss_is_that_of_the_definition(tmp_path: Path, base: Path) -> None:
+    """Each response scored alone, each pair written out: mean over pairs, then over prompts."""
+    context = make_context(tmp_path, base, train=8)
+    rm.run(make_config(epochs=1, evals=1, learning_rate=0.0), context)
+    model = load_reward_model(base, ModelConfig(), CPU, init_head=True, seed=0)
+    total = 0.0
+    for row in rm.render(context.data.rankings.train, context.renderer, 1.0):
+        r = [score_ids(model, [ids], 1)[0] for ids in row.ids]
+        pairs = []
+        for i in range(len(r)):
+            for j in range(i + 1, len(r)):
+                target = 0.5 if row.ranks[i] == row.ranks[j] else float(row.ranks[i] < row.ranks[j])  # type: ignore[operator]
+                p = torch.sigmoid(torch.tensor(r[i] - r[j]))
+                pairs.append(float(-(target * p.log() + (1 - target) * (1 - p).log())))
+        total += sum(pairs) / len(pairs)
+    assert context.tracker.values("train/loss")[1] == pytest.approx(total / 8, rel=1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_resumed_run_ends_as_the_unbroken_one(tmp_path: Path, base: Path, lora: bool) -> None:
+    cfg = make_config()
+    cfg.rm.lora = LoraConfig(enabled=lora, r=2, alpha=4)
+    unbroken = rm.run(cfg, make_context(tmp_path / "a", base))
+    with pytest.raises(Preempted):
+        rm.run(cfg, make_context(tmp_path / "b", base, stop_at=4))
+    resumed = rm.run(cfg, make_context(tmp_path / "b", base))
+    assert (resumed.metrics, resumed.extra) == (unbroken.metrics, unbroken.extra)
+    left, right = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(value, right[name]) for name, value in left.items())
+    assert lora == (tmp_path / "a" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_head_is_drawn_once_and_must_then_be_there(base: Path, whole: Any) -> None:
+    first, again, other = (load_reward_model(base, ModelConfig(), CPU, init_head=True, seed=s) for s in (1, 1, 2))
+    assert torch.equal(first.score.weight, again.score.weight)
+    assert not torch.equal(first.score.weight, other.score.weight)
+    with pytest.raises(ConfigError, match=r"lack score\.weight"):
+        load_reward_model(base, ModelConfig(), CPU)
+    load_reward_model(whole.context.folder / "model", ModelConfig(), CPU)
+
+
+def test_ragged_rankings_keep_their_order_through_sorting() -> None:
+    rows = [rm.Row(ids=[[7] * n for n in sizes], ranks=[1] * len(sizes), response_lengths=list(sizes))
+            for sizes in ((5, 1), (2, 4, 3))]  # fmt: skip
+    batch = rm.collate(rows, tie_weight=1.0, micro_tokens=8)
+    lengths = torch.cat([lengths for _, lengths in batch.chunks])
+    assert [ids.shape for ids, _ in batch.chunks] == [(1, 5), (2, 4), (2, 2)]
+    assert lengths[batch.back_N].tolist() == [5, 1, 2, 4, 3]
