@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.stats import beta, norm, t
+from scipy.special import betaincinv, ndtri, stdtrit  # scipy.stats takes a second to import
 
 Side = Literal["upper", "lower"]
 
@@ -30,19 +30,19 @@ def clopper_pearson_upper(k: int, n: int, alpha: float) -> float:
     For k = 0 it is 1 - alpha^(1/n); for k = n it is 1.
     """
     _check_count(k, n, alpha)
-    return 1.0 if k == n else float(beta.ppf(1 - alpha, k + 1, n - k))
+    return 1.0 if k == n else float(betaincinv(k + 1, n - k, 1 - alpha))
 
 
 def clopper_pearson_lower(k: int, n: int, alpha: float) -> float:
     """Smallest rate at which `k` or more events in `n` trials still have probability `alpha`; 0 for k = 0."""
     _check_count(k, n, alpha)
-    return 0.0 if k == 0 else float(beta.ppf(alpha, k, n - k + 1))
+    return 0.0 if k == 0 else float(betaincinv(k, n - k + 1, alpha))
 
 
 def wilson_interval(k: int, n: int, alpha: float) -> tuple[float, float]:
     """Two-sided score interval (Wilson 1927), for display: shorter than the exact one, and sometimes too short."""
     _check_count(k, n, alpha)
-    z = float(norm.ppf(1 - alpha / 2))
+    z = float(ndtri(1 - alpha / 2))
     centre = (k + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -84,7 +84,7 @@ def mean_bound(
     if float(np.ptp(x_C)) <= 1e-12 * max(1.0, float(np.abs(x_C).max())):
         return MeanBound(mean=mean, bound=mean, clusters=count)
     sign = 1.0 if side == "upper" else -1.0
-    student = float(t.ppf(1 - alpha, count - 1))
+    student = float(stdtrit(count - 1, 1 - alpha))
     resampled = _bootstrap_t(sign * x_C, alpha, seed)
     return MeanBound(mean=mean, bound=mean + sign * max(student, resampled) * error, clusters=count)
 

@@ -71,8 +71,9 @@ def test_a_missing_score_is_invalid_not_clean(score):
 
 def test_group_gap_bounds_the_difference_on_both_sides():
     def groups(luna, mars, n):
-        return [sample(i, tags={"home": h}, toxicity=float(i % n < bad))
-                for g, (h, bad) in enumerate([("luna", luna), ("mars", mars)]) for i in range(g * n, g * n + n)]  # fmt: skip
+        bad = {"luna": luna, "mars": mars}
+        homes = ["luna"] * n + ["mars"] * n
+        return [sample(i, tags={"home": h}, toxicity=float(i % n < bad[h])) for i, h in enumerate(homes)]
 
     check = CheckConfig(max=0.05, group_by="home")
     clean = run("group_gap", groups(0, 0, 300), check)
