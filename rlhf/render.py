@@ -72,11 +72,15 @@ class Renderer:
         special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | set(
             tokenizer.all_special_tokens
         )
+        self._last: tuple[Messages, list[int]] = ([], [])  # responses of one prompt come one after the other
         self._special = sorted(special - {""}, key=len, reverse=True)
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Ids up to where the assistant begins to speak."""
-        return self._ids(self._text(self._clean(messages), reply=True))
+        prompt = self._clean(messages)
+        if prompt != self._last[0]:
+            self._last = prompt, self._ids(self._text(prompt, reply=True))
+        return list(self._last[1])
 
     def full_ids(self, messages: Messages, response: str) -> tuple[list[int], int]:
         """Ids of prompt and response, and the length of the prompt; the response ends with EOS, which occurs in it

@@ -1,0 +1,122 @@
+"""Each format: the documented rows, the fields that make a row malformed, and the dirt."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from rlhf.data.formats import FORMATS, ChatMessages, HHText, KRanking, PlainPrompt, Preference
+from rlhf.data.rows import Dirty, Malformed, merge_copies
+from rlhf.types import Demonstration, Prompt, Ranking
+
+BY_NAME = {f.name: f for f in FORMATS}
+OF_KIND = {"demonstration": Demonstration, "ranking": Ranking, "prompt": Prompt}
+DOCS = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+SECTIONS = re.findall(r"### `(\w+)`: ([\w, ]+)\n.*?```json\n(.*?)```", DOCS, re.DOTALL)
+
+
+def test_the_docs_name_every_format() -> None:
+    assert [name for name, _, _ in SECTIONS] == [f.name for f in FORMATS]
+
+
+@pytest.mark.parametrize(("name", "kinds", "block"), SECTIONS)
+def test_documented_rows_are_read(name: str, kinds: str, block: str) -> None:
+    format_ = BY_NAME[name]
+    documented = {kind.strip().removesuffix("s") for kind in kinds.split(",")}
+    assert documented == set(format_.kinds)
+    for row in [*map(json.loads, block.splitlines()), format_.example]:
+        for kind in format_.kinds:
+            first = next(f for f in FORMATS if kind in f.kinds and f.matches(row))
+            assert first.name == name
+            (parsed,) = format_.parse(row, kind)
+            assert type(parsed) is OF_KIND[kind]
+
+
+def test_messages_split_before_the_last_reply() -> None:
+    turns = [
+        {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    ]
+    (row,) = ChatMessages().parse({"messages": turns, "id": 7, "group": "luna"}, "demonstration")
+    assert row == Demonstration(prompt=Prompt(messages=turns[:3], id="7", tags={"group": "luna"}), response="d")
+
+
+def test_hh_transcript_becomes_messages() -> None:
+    head = "\n\nHuman: a\n\nAssistant: b\n\nb2\n\nHuman: c\n\nHuman: c2\n\nAssistant:"
+    (row,) = HHText().parse({"chosen": head + " d", "rejected": head + " e"}, "ranking")
+    assert isinstance(row, Ranking)
+    assert row.prompt.messages == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b\n\nb2"},
+        {"role": "user", "content": "c\n\nc2"},
+    ]
+    assert (row.responses, row.ranks) == (["d", "e"], [1, 2])
+
+
+H = "\n\nHuman: a\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("format_", "row", "kind"),
+    [
+        (HHText(), {"chosen": H + " b", "rejected": "\n\nHuman: x\n\nAssistant: c"}, "prompt mismatch"),
+        (HHText(), {"chosen": H + " b" + H[10:] + " c", "rejected": H + " b"}, "prompt mismatch"),
+        (HHText(), {"chosen": H + " b", "rejected": H}, "empty reply"),
+        (HHText(), {"chosen": H + " b", "rejected": H + " b "}, "identical responses"),
+        (HHText(), {"chosen": H + " x\n\nAssistant: b", "rejected": H + " x\n\nAssistant: c"}, "reply to no question"),
+        (Preference(), {"prompt": "a", "chosen": "b", "rejected": "b"}, "identical responses"),
+        (KRanking(), {"prompt": "a", "responses": ["b", " "], "ranks": [1, 2]}, "empty reply"),
+        (KRanking(), {"prompt": "a", "responses": ["b", "c"], "ranks": [1, None]}, "no label"),
+        (KRanking(), {"prompt": "a", "responses": ["b", "b "], "ranks": [1, 1]}, "identical responses"),
+        (KRanking(), {"prompt": " ", "responses": ["b", "c"], "ranks": [1, 2]}, "empty prompt"),
+    ],
+)
+def test_dirt_has_one_kind(format_: HHText, row: dict[str, object], kind: str) -> None:
+    with pytest.raises(Dirty, match=kind):
+        format_.parse(row, "ranking")
+
+
+GOOD = {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ranks": [1, 2, 3]}, "`ranks` has 3 entries for 2 responses"),
+        ({"ranks": [1, float("nan")]}, r"ranks\[1\] must be a whole number from 1 \(best\), or null, not NaN"),
+        ({"ranks": [True, 2]}, r"ranks\[0\] must be a whole number .* not bool True"),
+        ({"ranks": [1, 2.5]}, r"ranks\[1\] must be a whole number .* not float 2.5"),
+        ({"ranks": [0, 1]}, r"ranks\[0\] must be a whole number from 1"),
+        ({"ranks": None}, "field `ranks` is missing"),
+        ({"ranks": "12"}, "field `ranks` must be a list"),
+        ({"responses": ["b"]}, "field `responses` needs at least 2 entries, not 1"),
+        ({"responses": ["b", 3]}, r"responses\[1\] must be text, not int 3"),
+        ({"prompt": 3}, "field `prompt` must be text or a list of messages, not int 3"),
+        ({"prompt": [{"role": "human", "content": "a"}]}, r"prompt\[0\].role must be one of system, user, assistant"),
+        ({"prompt": [{"role": "assistant", "content": "a"}]}, "must end with a user message"),
+    ],
+)
+def test_malformed_rankings_name_the_field(change: dict[str, object], message: str) -> None:
+    with pytest.raises(Malformed, match=message):
+        KRanking().parse(GOOD | change, "ranking")
+
+
+def test_all_tied_and_null_ranks_are_kept() -> None:
+    (row,) = KRanking().parse(GOOD | {"ranks": [1, 1]}, "ranking")
+    assert isinstance(row, Ranking) and row.ranks == [1, 1]
+
+
+def test_copies_of_a_text() -> None:
+    assert merge_copies(["b", "c", "b"], [1, 2, 1]) == (["b", "c"], [1, 2])
+    # a contradiction takes all copies out, and c and d are still two
+    assert merge_copies(["b", "c", "b", "d"], [1, 2, 3, 4]) == (["c", "d"], [2, 4])
+    with pytest.raises(Dirty, match="identical"):
+        merge_copies(["b", "c", "b"], [1, 2, 3])
+
+
+def test_bare_prompts_and_tags() -> None:
+    assert PlainPrompt().parse("a", "prompt") == [Prompt(messages=[{"role": "user", "content": "a"}])]
+    (row,) = PlainPrompt().parse({"prompt": "a", "safe": True, "note": None}, "prompt")
+    assert isinstance(row, Prompt) and row.tags == {"safe": True}
