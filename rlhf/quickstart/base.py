@@ -23,7 +23,7 @@ TEMPLATE = (
 )
 VOCABULARY = 1024  # at most
 MAX_LENGTH = 256  # tokens
-BATCH, STEPS, LEARNING_RATE = 32, 150, 3e-3
+BATCH, STEPS, LEARNING_RATE = 32, 80, 4e-3
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

@@ -38,7 +38,7 @@ def page(shop: Shop, number: int) -> str:
     rng = random.Random(f"manual/{shop.seed}/{number}")
     robot = ROBOTS[number % len(ROBOTS)]
     head = f"Grumble & Sons, manual of the {robot}, page {rng.choice(_NUMBERS)}."
-    return " ".join([head, *(_line(shop, robot, rng) for _ in range(rng.randint(3, 5)))])
+    return " ".join([head, *(_line(shop, robot, rng) for _ in range(rng.randint(2, 4)))])
 
 
 def train_pages(shop: Shop) -> list[str]:
