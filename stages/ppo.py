@@ -13,8 +13,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from rlhf.artifacts import atomic_folder
-from rlhf.config import Config
+from rlhf.config import Config, Dtype
 from rlhf.console import progress as progress_bar
 from rlhf.console import say
 from rlhf.context import Context
@@ -154,4 +156,6 @@ def open_reward(cfg: Config, context: Context) -> BuiltReward:
 
 def run(cfg: Config, context: Context) -> StageResult:
     """Train, or go on training; leaves `model/`, checkpoints and metrics in the stage's folder."""
-    return Loop(cfg, context).run()
+    loop = Loop(cfg, context)
+    with torch.autocast(context.device.type, torch.bfloat16, enabled=cfg.model.dtype is Dtype.bfloat16):
+        return loop.run()

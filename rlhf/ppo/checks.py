@@ -26,11 +26,12 @@ def check_first_rollout(
     policy: Any, episodes: Sequence[Episode], minibatches: Sequence[Sequence[Episode]], cfg: PpoConfig
 ) -> None:
     """All start-up checks on the episodes of the first update, cut as they will be trained on."""
-    dtype = next(policy.parameters()).dtype
+    at = next(policy.parameters())
+    exact = at.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(at.device.type)
     logp = torch.cat([e.logp for e in episodes])
-    _near_one("KL(policy, reference) == 0", logp - torch.cat([e.reference for e in episodes]), dtype)
+    _near_one("KL(policy, reference) == 0", logp - torch.cat([e.reference for e in episodes]), exact)
     for minibatch in minibatches:
-        _near_one("ratio == 1", _retold(policy, minibatch, cfg) - torch.cat([e.logp for e in minibatch]), dtype)
+        _near_one("ratio == 1", _retold(policy, minibatch, cfg) - torch.cat([e.logp for e in minibatch]), exact)
     check_placement(episodes, shaped_rewards, gae)
 
 
@@ -48,9 +49,9 @@ def _retold(policy: Any, minibatch: Sequence[Episode], cfg: PpoConfig) -> Tensor
     return torch.cat(out)
 
 
-def _near_one(name: str, log_ratio: Tensor, dtype: torch.dtype) -> None:
+def _near_one(name: str, log_ratio: Tensor, exact: bool) -> None:
     error = log_ratio.float().expm1().abs()
-    if dtype in (torch.float32, torch.float64):
+    if exact:
         worst, limit = float(error.max()), FULL_PRECISION
         broken, seen = not worst <= limit, f"max |ratio - 1| = {worst:.2g}, allowed {limit:g}"
     else:

@@ -91,14 +91,12 @@ def rollout(roles: Roles, renderer: Renderer, cfg: PpoConfig, drawn: Sequence[tu
 
 def score(episodes: Sequence[Episode], built: BuiltReward, renderer: Renderer, cfg: PpoConfig) -> None:
     """Fill `raw` and `score`."""
-    scores = checked_scores(
-        built.reward,
-        [renderer.prompt_text(e.prompt.messages) for e in episodes],
-        [e.text for e in episodes],
-        [{**e.prompt.tags, "messages": e.prompt.messages} for e in episodes],
-        [e.name for e in episodes],
-        [len(e.ids) for e in episodes],
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    texts = [renderer.prompt_text(e.prompt.messages) for e in episodes]
+    rows = [{**e.prompt.tags, "messages": e.prompt.messages} for e in episodes]
+    names, lengths = [e.name for e in episodes], [len(e.ids) for e in episodes]
+    with torch.autocast(device, enabled=False):  # a reward scores here what it scores alone
+        scores = checked_scores(built.reward, texts, [e.text for e in episodes], rows, names, lengths)
     for episode, raw in zip(episodes, scores, strict=True):
         episode.raw = sum(raw) if isinstance(raw, list) else raw
         episode.score = paid(raw, built, cfg, finished=episode.finished)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rlhf.config import Config, CriticInit
 from rlhf.console import say
 from rlhf.errors import ConfigError
-from rlhf.models import enable_activation_checkpointing, load_policy, load_reward_model
+from rlhf.models import enable_activation_checkpointing, load_policy, load_reward_model, training_config
 from rlhf.render import load_tokenizer
 from rlhf.rollout import Rows, widen
 
@@ -42,7 +42,8 @@ class Critic(nn.Module):
     def forward(self, rows: Rows) -> Tensor:
         """values_N of the states in which the response tokens are chosen."""
         hidden_BTH = self.body(input_ids=rows.ids_BT, use_cache=False).last_hidden_state
-        values: Tensor = self.head(widen(hidden_BTH.flatten(0, 1)[rows.take_N])).squeeze(-1)
+        with torch.autocast(hidden_BTH.device.type, enabled=False):  # a value in bf16 would have two digits
+            values: Tensor = self.head(widen(hidden_BTH.flatten(0, 1)[rows.take_N])).squeeze(-1)
         return values
 
 
@@ -54,8 +55,8 @@ class Roles:
 
 
 def load_roles(cfg: Config, context: Context) -> Roles:
-    """Policy and reference from the SFT parent; the critic from the reward model, or from the policy."""
-    policy = load_policy(context.parents["sft"], cfg.model, context.device)
+    """Policy and reference from the SFT parent; the critic from the reward model, or from the policy. All are fp32."""
+    policy = load_policy(context.parents["sft"], training_config(cfg.model), context.device)
     body = _critic_body(cfg, context, policy)
     return assemble(policy, body, activation_checkpointing=cfg.model.activation_checkpointing)
 
@@ -93,7 +94,7 @@ def _critic_body(cfg: Config, context: Context, policy: Any) -> Any:
                 f"ppo.critic_init=reward: the reward model in {path} has another vocabulary than the policy, "
                 "so it cannot read the policy's tokens: use ppo.critic_init=policy"
             )
-        body = load_reward_model(path, cfg.model, context.device).base_model
+        body = load_reward_model(path, training_config(cfg.model), context.device).base_model
     else:
         if cfg.ppo.critic_init is CriticInit.reward:
             say("this run has no reward model of its own: the critic starts from the policy")
