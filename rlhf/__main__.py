@@ -8,16 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
-from rlhf.errors import ConfigError, RLHFError
-
-
-class JobFailed(Exception):
-    """The work ended with a code other than 0. An exception, since Hydra runs a sweep's jobs in this process and
-    `sys.exit` in one would end the others."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(f"exit code {code}")
-        self.code = code
+from rlhf.errors import RLHFError
 
 
 def main() -> None:
@@ -39,19 +30,15 @@ def _compose_and_run() -> int:
 
     @hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="config")
     def job(cfg: DictConfig) -> None:
-        config = to_config(cfg)
-        resolve_run_dir(config)
-        code = launch(config)
-        codes.append(code)
-        if code:
-            raise JobFailed(code)
+        try:
+            config = to_config(cfg)
+            resolve_run_dir(config)
+            codes.append(launch(config))
+        except RLHFError as error:  # kept from Hydra, which would end a sweep's other jobs
+            codes.append(report(error))
 
     try:
         job()
-    except JobFailed as failed:
-        return failed.code
-    except KeyboardInterrupt:
-        return ConfigError.exit_code
     except Exception as error:
         shown = friendly(error)
         if shown is None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
+import traceback
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,17 +85,32 @@ def friendly(error: BaseException) -> RLHFError | None:
     for link in chain:
         if isinstance(link, RLHFError):
             return link
-    for link in reversed(chain):
+    override = next((m for m in map(_override_of, chain) if m), "")
+    for link in chain:
         if isinstance(link, OmegaConfBaseException):
-            return ConfigError(_omegaconf_message(link))
-    hydra_link = next((link for link in chain if isinstance(link, HydraException)), None)
-    return ConfigError(_hydra_message(str(hydra_link))) if hydra_link else None
+            return ConfigError(_omegaconf_message(link, override))
+    for link in chain:
+        if isinstance(link, HydraException) or (isinstance(link, ValueError) and _raised_in_hydra(link)):
+            return ConfigError(_hydra_message(str(link)))
+    return None
 
 
-def _omegaconf_message(error: OmegaConfBaseException) -> str:
-    key = str(error.full_key or error.key or "")
-    text = str(error.msg or error).split("\n")[0]
-    if "not in" in text and ("Key" in text or "key" in text):
+def _raised_in_hydra(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and f"{os.sep}hydra{os.sep}" in frames[-1].filename
+
+
+def _override_of(error: BaseException) -> str:
+    """The `key` of the command line's `key=value` that an error of Hydra's merge names."""
+    found = re.search(r"Error merging override ([^\s=]+)=", str(error))
+    return found.group(1).lstrip("+~") if found else ""
+
+
+def _omegaconf_message(error: OmegaConfBaseException, override: str) -> str:
+    key = override or str(error.full_key or "")
+    text = str(error).split("\n")[0]
+    unknown = re.search(r"Key '(\w+)' (?:is )?not in", text)
+    if (unknown or "is not a subclass of" in text) and key not in schema_keys():
         return unknown_key(key)
     return f"{key}: {text}" if key else text
 
