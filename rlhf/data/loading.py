@@ -130,7 +130,8 @@ def _read_rows(
         file = FileReport(file=table.name, format=format_.name, digest=table.digest, rows=len(table.rows))
         report.files.append(file)
         parsed, problems = _parse(table, partial(_or_dirt, format_, kind))
-        _raise(key, table.name, problems, format_.example)
+        readable = any(row.problem is None for row in table.rows)
+        _raise(key, table.name, problems, format_.example if readable else None)
         for line, result in parsed:
             kept += _keep(result, f"{table.name}:{line}", file, seen)
     if not kept:
@@ -205,10 +206,9 @@ def _raise(key: str, name: str, problems: list[tuple[int, str]], example: Any) -
     if len(problems) > SHOWN:
         lines.append(f"  and {len(problems) - SHOWN} more")
     rows = "1 row is" if len(problems) == 1 else f"{len(problems)} rows are"
-    raise DataError(
-        f"{key}: {rows} malformed:\n" + "\n".join(lines)
-        + f"\nA correct row: {json.dumps(example, ensure_ascii=False)}"
-    )  # fmt: skip
+    if example is not None:
+        lines.append(f"A correct row: {json.dumps(example, ensure_ascii=False)}")
+    raise DataError(f"{key}: {rows} malformed:\n" + "\n".join(lines))
 
 
 def _keep(result: list[Parsed] | Dirty, where: str, file: FileReport, seen: set[str]) -> list[Parsed]:
