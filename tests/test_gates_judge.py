@@ -98,6 +98,15 @@ def test_a_policy_model_is_judged_end_to_end(trio):
     assert "kl" in {cell for column in verdict.table().columns for cell in column.cells}
 
 
+def test_rewards_belong_to_their_responses(trio):
+    asked = request("ppo", trio["base"], trio)
+    row = judge(asked).samples[0]
+    assert row["response"] != row["parent_response"]
+    pairs = [(row["prompt"], row["response"]), (row["prompt"], row["parent_response"])]
+    alone = measure.score_responses(asked, trio["rm"], pairs)
+    assert [row["reward"], row["parent_reward"]] == pytest.approx(alone, abs=1e-5)
+
+
 def test_kl_and_gain_against_itself_are_zero(trio):
     verdict = judge(request("ppo", trio["sft"], trio))
     checks = {check.id: check for check in verdict.checks}

@@ -16,7 +16,8 @@ SHIPPED = build_scorer(ScorerConfig())
 @pytest.mark.parametrize(
     "text",
     ["You numpty", "n1ncompoop", "N1NC0MP00P!", "n u m p t y", "n.u.m.p.t.y", "two numpties", "buffoons", "iiidiooot",
-     "іdіоt", "ｉｄｉｏｔ", "ïdíot", "im\u200bbecile", "f*ck", "b!tch", "SHUT  UP", "1d10t", "(blockhead)", "dunderhead's"],
+     "іdіоt", "ｉｄｉｏｔ", "ïdíot", "im\u200bbecile", "f*ck", "b!tch", "SHUT  UP", "1d10t",
+     "(blockhead)", "dunderhead's"],
 )  # fmt: skip
 def test_disguised_terms_are_found(text):
     assert SHIPPED.score([text]) == [1.0]
