@@ -63,6 +63,7 @@ H = "\n\nHuman: a\n\nAssistant:"
     [
         (HHText(), {"chosen": H + " b", "rejected": "\n\nHuman: x\n\nAssistant: c"}, "prompt mismatch"),
         (HHText(), {"chosen": H + " b" + H[10:] + " c", "rejected": H + " b"}, "prompt mismatch"),
+        (HHText(), {"chosen": H + " x" + H + " b", "rejected": H + " y" + H + " c"}, "prompt mismatch"),
         (HHText(), {"chosen": H + " b", "rejected": H}, "empty reply"),
         (HHText(), {"chosen": H + " b", "rejected": H + " b "}, "identical responses"),
         (HHText(), {"chosen": H + " x\n\nAssistant: b", "rejected": H + " x\n\nAssistant: c"}, "reply to no question"),

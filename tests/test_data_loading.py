@@ -197,10 +197,13 @@ def test_a_prompt_is_on_one_side_everywhere(tmp_path: Path) -> None:
     said = [{p.messages[0]["content"] for p in one.train}, {r.prompt.messages[0]["content"] for r in two.heldout}]
     assert not said[0] & said[1]
     assert 15 <= len(one.heldout) <= 45  # 30 expected of 300; the deviation is 5.2
-    # sha256 of '[["user","hello"]]' starts with 0x4.., computed outside: see the next test for the number
-    assert is_heldout([{"role": "user", "content": " hello "}], 0.9) == is_heldout(
-        [{"role": "user", "content": "hello"}], 0.9
-    )
+
+
+@pytest.mark.parametrize("text", ["hello", " hello\n"])
+def test_the_side_is_the_hash_of_what_is_said(text: str) -> None:
+    # sha256sum of [["user","hello"]] begins with b963d642: .7242 of the way from 0 to ffffffff
+    assert is_heldout([{"role": "user", "content": text}], 0.7243)
+    assert not is_heldout([{"role": "user", "content": text}], 0.7241)
 
 
 def test_limit_draws_with_the_seed(tmp_path: Path) -> None:
@@ -219,6 +222,7 @@ def test_prompts_come_from_the_rankings_once_each(tmp_path: Path) -> None:
     jsonl(tmp_path / "r.jsonl", [ranking(i % 50) for i in range(100)])
     loaded = load_prompts(config(rankings=tmp_path / "r.jsonl"), 0)
     assert (loaded.report.total("kept"), loaded.report.total("merged")) == (50, 50)
+    assert load_rankings(config(rankings=tmp_path / "r.jsonl"), 0).report.total("kept") == 100
 
 
 def test_gate_prompts_must_not_be_trained_on(tmp_path: Path) -> None:
