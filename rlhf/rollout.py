@@ -144,7 +144,7 @@ def sequence_logprobs(
     device = next(model.parameters()).device
     out: list[Tensor] = [torch.empty(0)] * len(prompts_ids)
     lengths = [len(p) + len(r) for p, r in zip(prompts_ids, responses_ids, strict=True)]
-    with torch.inference_mode(), evaluating(model):
+    with torch.no_grad(), evaluating(model):  # not inference mode: a caller may go on computing
         for cut in micro_batches(lengths, micro_tokens):
             rows = collate([prompts_ids[i] for i in cut], [responses_ids[i] for i in cut], device)
             logp_N = token_logprobs(response_logits(model, rows), rows.targets_N, temperature).cpu()
