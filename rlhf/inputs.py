@@ -22,6 +22,8 @@ from rlhf.data import (
 from rlhf.render import Renderer, load_tokenizer
 from rlhf.types import Demonstration, Prompt, Ranking
 
+SOURCES = {"sft": "demonstrations", "rm": "rankings", "ppo": "prompts"}  # what each stage trains on
+
 
 class Inputs:
     """The rows of one run as one model's tokenizer sees them. Each part is read when first asked for."""
@@ -74,7 +76,7 @@ class Inputs:
 
     def fingerprint(self, stage: str) -> dict[str, Any]:
         """Digests of the rows that a stage trains on, and how they were chosen."""
-        source = {"sft": "demonstrations", "rm": "rankings", "ppo": "prompts"}[stage]
+        source = SOURCES[stage]
         loaded = getattr(self, source)
         chosen = dataclasses.asdict(getattr(self.data, source))
         files = sorted(loaded.report.digests.values())

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 from rlhf.artifacts import canonical, read_json, sha256_text, write_json, write_text
 from rlhf.config import Config
 from rlhf.console import say, show
-from rlhf.errors import GateError, Inconclusive, Invalid, LineageError
-from rlhf.gates import GateRequest, judge, policy_digest, verdict_table
+from rlhf.errors import GateError, LineageError
+from rlhf.gates import GateRequest, judge, message, policy_digest, verdict_table
+from rlhf.gates.verdict import ERRORS
 from rlhf.manifest import VERDICT, describe_environment, model_folder, read_manifest
 
 if TYPE_CHECKING:
     from rlhf.pipeline import Run
-
-KINDS: dict[str, type[GateError]] = {"FAIL": GateError, "INCONCLUSIVE": Inconclusive, "INVALID": Invalid}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +37,17 @@ class Judgement:
 
     def error(self) -> GateError:
         """The error that a verdict other than PASS ends the command with."""
-        bad = [c for c in self.record["checks"] if c["status"] == self.decision]
-        lines = [f"{c['id']}: {c['reason']}" for c in bad] or [self.record.get("reason", "see the verdict")]
-        return KINDS[self.decision](
-            f"the {self.stage} gate says {self.decision}\n  " + "\n  ".join(lines) + f"\n  {self.path}"
-        )
+        return ERRORS[self.decision](f"{message(self.record)}\n{self.path}")
 
 
-def judge_stage(run: Run, stage: str, manifest: dict[str, Any]) -> Judgement:
+def judge_stage(run: Run, stage: str, manifest: dict[str, Any], *, announce: bool = True) -> Judgement:
     """The stored verdict for this artifact under this policy, or a new one."""
     folder = run.dir / stage
     digest, policy = manifest["digest"], policy_digest(run.cfg.gate, stage)
     stored = _read_verdict(run, folder, stage)
     if stored and stored["artifact"]["digest"] == digest and stored["policy_digest"] == policy:
-        say(f"{stage}: gate: {stored['decision']}, replayed from {stored['finished']}: same artifact, same policy")
+        if announce:
+            say(f"{stage}: gate: {stored['decision']}, replayed from {stored['finished']}: same artifact, same policy")
         return Judgement(stage, stored["decision"], stored, folder / VERDICT)
     if stored and stored["policy_digest"] != policy:
         say(f"{stage}: gate: the policy changed since the last verdict: judging again")
@@ -75,7 +71,7 @@ def check_verdict(run: Run, stage: str, manifest: dict[str, Any]) -> Judgement:
             f"`python -m rlhf do=gate stage={stage} run.name={run.cfg.run.name}` judges it"
         )
     if folder == run.dir / stage:
-        return judge_stage(run, stage, manifest)
+        return judge_stage(run, stage, manifest, announce=False)
     stored = _read_verdict(run, folder, stage)
     assert stored is not None
     if stored["artifact"]["digest"] != manifest["digest"] or stored["policy_digest"] != policy_digest(

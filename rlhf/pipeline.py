@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rlhf.artifacts import (
     atomic_folder,
@@ -27,7 +27,7 @@ from rlhf.config import STAGES, Config, GateMode, stage_config
 from rlhf.console import say
 from rlhf.context import Context
 from rlhf.errors import ConfigError, LineageError, TrainingError
-from rlhf.inputs import Inputs
+from rlhf.inputs import SOURCES, Inputs
 from rlhf.judging import Judgement, check_verdict, judge_stage
 from rlhf.ledger import Ledger
 from rlhf.manifest import (
@@ -59,6 +59,7 @@ class Run:
     def __init__(self, cfg: Config, *, read_only: bool = False) -> None:
         self.cfg = cfg
         self.dir = Path(cfg.run.dir)
+        self._lock: TextIO | None = None
         if not read_only:
             self._make_directory()
         self.ledger = Ledger(self.dir / "ledger.jsonl")
@@ -85,6 +86,12 @@ class Run:
             raise ConfigError(
                 f"run.dir: another process is at work in {self.dir}: wait, or use run.name=..."
             ) from error
+
+    def close(self) -> None:
+        """Let go of the run directory."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     # ---- where things lie
 
@@ -175,11 +182,14 @@ class Run:
 
     def validate(self, stages: tuple[str, ...]) -> None:
         """Read every file that the stages will need, before any weight is loaded."""
-        for stage in stages:
-            if stage_config(self.cfg, stage).artifact:
-                continue
-            if stage == "rm" and self.world:
-                continue  # its rankings are yet to be sampled
+        trained = [s for s in stages if not stage_config(self.cfg, s).artifact]
+        if self.world and "rm" in trained:
+            trained.remove("rm")  # its rankings are yet to be sampled
+        for (
+            stage
+        ) in trained:  # what they train on first: prompts may be taken from the rankings, and a fault be named there
+            getattr(self.inputs(stage), SOURCES[stage])
+        for stage in trained:
             self.inputs(stage).for_stage(stage)
 
     def run_stage(self, stage: str) -> Judgement:
@@ -332,8 +342,7 @@ class Run:
         return manifest
 
     def _data_report(self, stage: str) -> Any:
-        source = {"sft": "demonstrations", "rm": "rankings", "ppo": "prompts"}[stage]
-        return getattr(self.inputs(stage), source).report.to_json()
+        return getattr(self.inputs(stage), SOURCES[stage]).report.to_json()
 
     def _parent_models(self, stage: str) -> dict[str, Path]:
         if stage == "sft":

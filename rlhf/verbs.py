@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -46,8 +47,12 @@ def chosen(cfg: Config) -> tuple[str, ...]:
 
 def run(cfg: Config) -> int:
     """do=run: bring the chosen stages to finished, judged artifacts."""
-    work = Run(cfg)
-    stages = chosen(cfg)
+    with closing(Run(cfg)) as work:
+        return _run(work, chosen(cfg))
+
+
+def _run(work: Run, stages: tuple[str, ...]) -> int:
+    cfg = work.cfg
     work.build_world()
     work.validate(stages)
     write_text(work.dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_plain(cfg))))
@@ -117,7 +122,12 @@ def gate(cfg: Config) -> int:
     """do=gate: judge a stored artifact, or any model folder given as <stage>.artifact."""
     if cfg.stage is Stage.all:
         raise ConfigError("stage: do=gate judges one stage's artifact: add stage=sft, rm or ppo")
-    work, stage = Run(cfg), cfg.stage.value
+    with closing(Run(cfg)) as work:
+        return _gate(work, cfg.stage.value)
+
+
+def _gate(work: Run, stage: str) -> int:
+    cfg = work.cfg
     work.build_world()
     if stage == "rm":
         work.use_rankings()
@@ -141,7 +151,12 @@ def sample(cfg: Config) -> int:
     """do=sample: K responses a prompt from a stage's policy, as JSONL ready to be ranked."""
     if cfg.stage not in (Stage.sft, Stage.ppo):
         raise ConfigError("stage: do=sample draws from a policy: add stage=sft or stage=ppo")
-    work, stage = Run(cfg), cfg.stage.value
+    with closing(Run(cfg)) as work:
+        return _sample(work, cfg.stage.value)
+
+
+def _sample(work: Run, stage: str) -> int:
+    cfg = work.cfg
     work.build_world()
     out = Path(cfg.sample.out) if cfg.sample.out else work.dir / f"samples-{stage}.jsonl"
     count = sample_rankings(cfg, work.model(stage), work.inputs("ppo"), work.device, out)

@@ -1,0 +1,299 @@
+"""Skip, resume, refuse: the run directory's rules, with stages that take no time and a gate that says what it is told.
+
+The stages' own tests train; here only what the pipeline does around them is under test.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf import judging, pipeline, verbs
+from rlhf.artifacts import atomic_folder, read_json, seal
+from rlhf.config import CheckConfig, Config, GateConfig, GateMode, ModelConfig, Stage, TrackerConfig, TrackerMode
+from rlhf.errors import ConfigError, GateError, Invalid, LineageError, TrainingError
+from rlhf.gates.verdict import Finding, Verdict
+from rlhf.ledger import Ledger
+from rlhf.types import StageResult
+
+REMEDY = ["tighten the belt", "change the fuse", "oil the joint", "reboot twice"]
+
+
+class Lab:
+    """A run directory, its data, and what the fake stages and the fake gate are told to do."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.model = folder, model
+        self.trained: list[str] = []
+        self.decisions: dict[str, str] = {}
+        self.judged: list[str] = []
+        self.fail_in: str | None = None
+        rows = [{"prompt": f"my robot {i} rattles", "response": REMEDY[i % 4]} for i in range(40)]
+        demos = [{"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["response"]}]}
+                 for r in rows]  # fmt: skip
+        ranks = [{"prompt": r["prompt"], "responses": REMEDY, "ranks": [1, 2, 2, None]} for r in rows]
+        for name, lines in (("demos", demos), ("rankings", ranks)):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def config(self, **changes: Any) -> Config:
+        cfg = Config(model=ModelConfig(path=str(self.model)), tracker=TrackerConfig(mode=TrackerMode.disabled))
+        cfg.data.demonstrations.path = str(self.folder / "demos.jsonl")
+        cfg.data.rankings.path = str(self.folder / "rankings.jsonl")
+        cfg.data.max_prompt_length, cfg.data.max_length, cfg.ppo.max_new_tokens = 100, 200, 50
+        cfg.run.name, cfg.run.dir = "lab", str(self.folder / "run")
+        check = {"degenerate": CheckConfig(max=0.5)}
+        cfg.gate = GateConfig(sft=check, rm={"accuracy": CheckConfig(min=0.5)}, ppo=check)
+        cfg.reward = {"_target_": "reward_models.trained.TrainedReward"}
+        for key, value in changes.items():
+            node: Any = cfg
+            *path, leaf = key.split("__")
+            for part in path:
+                node = getattr(node, part)
+            setattr(node, leaf, value)
+        return cfg
+
+    def run(self, **changes: Any) -> int:
+        return verbs.run(self.config(**changes))
+
+    def path(self, name: str) -> Path:
+        return self.folder / "run" / name
+
+    def train(self, stage: str) -> Callable[..., StageResult]:
+        def run(cfg: Config, context: Any) -> StageResult:
+            self.trained.append(stage)
+            if self.fail_in == stage:
+                with atomic_folder(context.folder / "checkpoints" / "step-1") as part:
+                    (part / "state").write_text("half way")
+                    seal(part)
+                raise KeyboardInterrupt
+            start = next(iter(context.parents.values()))
+            with atomic_folder(context.folder / "model") as part:
+                shutil.copytree(start, part, dirs_exist_ok=True)
+                (part / "trained").write_text(f"{stage} {cfg.seed} {cfg.ppo.kl.coef}")
+            return StageResult(metrics={"loss": 0.5}, stop_reason="finished", updates=3, planned_updates=3)
+
+        return run
+
+    def judge(self, request: Any) -> Verdict:
+        self.judged.append(request.stage)
+        status = self.decisions.get(request.stage, "PASS")
+        finding = Finding(id="check", kind="check", status=status, reason="as told", n=1)
+        return Verdict(
+            stage=request.stage, artifact={"digest": request.digest}, policy_id="p", alpha=0.05, started="now",
+            policy_digest=judging.policy_digest(request.policy, request.stage), checks=[finding], finished="now",
+        )  # fmt: skip
+
+
+@pytest.fixture
+def lab(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    lab = Lab(tmp_path, tiny_model)
+    for stage in ("sft", "rm", "ppo"):
+        module = types.ModuleType(f"stages.{stage}")
+        module.RECIPE, module.run = 1, lab.train(stage)  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, f"stages.{stage}", module)
+    monkeypatch.setattr(judging, "judge", lab.judge)
+    return lab
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_a_whole_run_and_then_everything_is_skipped(lab: Lab) -> None:
+    assert lab.run() == 0
+    assert lab.trained == ["sft", "rm", "ppo"]
+    assert [read_json(lab.path(s) / "manifest.json")["status"] for s in lab.trained] == ["PROMOTED"] * 3
+    manifest = read_json(lab.path("ppo") / "manifest.json")
+    assert manifest["parents"] == {s: read_json(lab.path(s) / "manifest.json")["digest"] for s in ("sft", "rm")}
+    assert lab.run() == 0
+    assert lab.trained == ["sft", "rm", "ppo"], "nothing is trained twice"
+    assert lab.judged == ["sft", "rm", "ppo"], "a verdict is replayed, not re-rolled"
+
+
+def test_how_the_work_is_cut_is_not_part_of_the_fingerprint(lab: Lab) -> None:
+    lab.run()
+    lab.run(sft__optim__micro_batch=8, ppo__micro_tokens=999, ppo__checkpoint_every=1)
+    assert lab.trained == ["sft", "rm", "ppo"]
+
+
+def test_a_changed_configuration_is_refused_with_its_key_and_the_ways_on(lab: Lab) -> None:
+    lab.run()
+    with pytest.raises(ConfigError, match=r"(?s)ppo: .*kl\.coef: 0\.05 -> 0\.2.*run\.name=.*run\.fresh=true"):
+        lab.run(ppo__kl__coef=0.2)
+    lab.run(ppo__kl__coef=0.2, run__fresh=True)
+    assert lab.trained == ["sft", "rm", "ppo", "ppo"]
+    assert (lab.path("ppo.old-1") / "model" / "trained").read_text() == "ppo 0 0.05"
+
+
+def test_changed_data_is_a_changed_configuration(lab: Lab) -> None:
+    lab.run(stage=Stage.sft)
+    with (lab.folder / "demos.jsonl").open("a") as stream:
+        stream.write((lab.folder / "demos.jsonl").read_text().splitlines()[0].replace("robot", "toaster") + "\n")
+    with pytest.raises(ConfigError, match=r"sft: .*another configuration"):
+        lab.run(stage=Stage.sft)
+
+
+def test_one_stage_needs_its_parents(lab: Lab) -> None:
+    with pytest.raises(LineageError, match=r"sft: no finished artifact.*stage=sft"):
+        lab.run(stage=Stage.ppo)
+    assert lab.trained == []
+
+
+def test_a_failing_gate_stops_the_run_and_the_next_stage_refuses(lab: Lab) -> None:
+    lab.decisions["rm"] = "FAIL"
+    with pytest.raises(GateError, match="rm gate: FAIL") as failed:
+        lab.run()
+    assert failed.value.exit_code == 10
+    assert lab.trained == ["sft", "rm"]
+    with pytest.raises(LineageError, match="rm: its gate says FAIL"):
+        lab.run(stage=Stage.ppo)
+    with pytest.raises(GateError):
+        lab.run()
+    assert lab.trained == ["sft", "rm"], "a second try does not roll the dice again"
+    assert lab.judged == ["sft", "rm"]
+
+
+def test_an_invalid_measurement_has_a_code_of_its_own(lab: Lab) -> None:
+    lab.decisions["sft"] = "INVALID"
+    with pytest.raises(Invalid) as failed:
+        lab.run()
+    assert failed.value.exit_code == 12
+
+
+def test_observe_runs_on_stamps_the_descendants_and_still_fails(lab: Lab) -> None:
+    lab.decisions["sft"] = "FAIL"
+    with pytest.raises(GateError):
+        lab.run(gate__mode=GateMode.observe)
+    assert lab.trained == ["sft", "rm", "ppo"]
+    assert [read_json(lab.path(s) / "manifest.json")["status"] for s in lab.trained] == ["UNPROMOTED"] * 3
+
+
+def test_a_changed_policy_judges_a_parent_again_without_training(lab: Lab) -> None:
+    lab.run(stage=Stage.sft)
+    lab.run(stage=Stage.rm, gate__sft={"degenerate": CheckConfig(max=0.25)})
+    assert lab.trained == ["sft", "rm"]
+    assert lab.judged == ["sft", "sft", "rm"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_a_byte_flipped_in_a_parent_is_13(lab: Lab, stage: str) -> None:
+    lab.run()
+    flip_a_byte(lab.path(stage) / "model" / "model.safetensors")
+    for chosen in (Stage.ppo, Stage.all):
+        with pytest.raises(LineageError, match=rf"{stage}.*altered"):
+            lab.run(stage=chosen)
+
+
+def test_an_edited_verdict_is_13(lab: Lab) -> None:
+    lab.decisions["rm"] = "FAIL"
+    with pytest.raises(GateError):
+        lab.run()
+    path = lab.path("rm") / "verdict.json"
+    path.write_text(path.read_text().replace("FAIL", "PASS"))
+    with pytest.raises(LineageError, match="not the verdict that the ledger holds"):
+        lab.run(stage=Stage.ppo)
+
+
+def test_a_verdict_with_a_hash_made_to_fit_is_13_by_the_ledger(lab: Lab) -> None:
+    from rlhf.artifacts import canonical, sha256_text, write_json
+
+    lab.decisions["rm"] = "FAIL"
+    with pytest.raises(GateError):
+        lab.run()
+    path = lab.path("rm") / "verdict.json"
+    record = {**read_json(path), "decision": "PASS"}
+    del record["verdict_id"]
+    write_json(path, {**record, "verdict_id": sha256_text(canonical(record))})
+    with pytest.raises(LineageError, match="not the verdict that the ledger holds"):
+        lab.run(stage=Stage.ppo)
+
+
+def test_no_verdict_is_13(lab: Lab) -> None:
+    lab.run(stage=Stage.sft)
+    lab.run(stage=Stage.rm)
+    (lab.path("rm") / "verdict.json").unlink()
+    with pytest.raises(LineageError, match=r"rm: has no verdict.*do=gate stage=rm"):
+        lab.run(stage=Stage.ppo)
+
+
+def test_a_parent_swapped_for_another_model_is_13(lab: Lab) -> None:
+    lab.run()
+    lab.run(run__dir=str(lab.folder / "other"), seed=1)
+    shutil.rmtree(lab.path("sft"))
+    shutil.copytree(lab.folder / "other" / "sft", lab.path("sft"))
+    with pytest.raises(LineageError):
+        lab.run(stage=Stage.ppo)
+
+
+def test_a_stage_that_was_killed_is_resumed_under_the_same_configuration_only(lab: Lab) -> None:
+    lab.fail_in = "sft"
+    with pytest.raises(KeyboardInterrupt):
+        lab.run()
+    assert [p.name for p in (lab.path("sft") / "checkpoints").iterdir()] == ["step-1"]
+    lab.fail_in = None
+    with pytest.raises(ConfigError, match="another configuration"):
+        lab.run(seed=5)
+    assert lab.run() == 0
+    assert "resumed" in [r["event"] for r in Ledger(lab.path("ledger.jsonl")).records]
+
+
+def test_parents_from_another_run(lab: Lab) -> None:
+    lab.run()
+    sweep = str(lab.folder / "sweep")
+    assert lab.run(run__dir=sweep, run__parents=str(lab.folder / "run"), stage=Stage.ppo, ppo__kl__coef=0.3) == 0
+    assert lab.trained == ["sft", "rm", "ppo", "ppo"]
+    assert sorted(p.name for p in Path(sweep).iterdir() if p.is_dir()) == ["ppo"]
+    flip_a_byte(lab.path("rm") / "model" / "model.safetensors")
+    with pytest.raises(LineageError, match="rm"):
+        lab.run(run__dir=sweep, run__parents=str(lab.folder / "run"), stage=Stage.ppo, ppo__kl__coef=0.3)
+
+
+def test_an_imported_model_is_digested_judged_and_recorded(lab: Lab, tiny_model: Path) -> None:
+    lab.run(stage=Stage.rm, sft__artifact=str(tiny_model))
+    assert lab.trained == ["rm"]
+    manifest = read_json(lab.path("sft") / "manifest.json")
+    assert (manifest["imported"], manifest["stop_reason"]) == (str(tiny_model), "imported")
+    assert read_json(lab.path("rm") / "manifest.json")["parents"]["sft"] == manifest["digest"]
+    assert lab.judged == ["sft", "rm"]
+
+
+def test_a_run_that_ends_early_without_a_reason_is_an_error(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(cfg: Config, context: Any) -> StageResult:
+        return StageResult(metrics={}, stop_reason="finished", updates=2, planned_updates=3)
+
+    monkeypatch.setattr(sys.modules["stages.sft"], "run", short)
+    with pytest.raises(TrainingError, match="2 of 3 updates"):
+        lab.run()
+    assert not (lab.path("sft") / "manifest.json").exists()
+
+
+def test_two_processes_cannot_work_in_one_directory(lab: Lab) -> None:
+    first = pipeline.Run(lab.config())
+    with pytest.raises(ConfigError, match="another process"):
+        pipeline.Run(lab.config())
+    first.close()
+    pipeline.Run(lab.config()).close()
+
+
+def test_an_unwritable_run_directory_is_a_config_error(lab: Lab) -> None:
+    (lab.folder / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        lab.run(run__dir=str(lab.folder / "file" / "run"))
+
+
+def test_bad_data_of_a_later_stage_is_found_before_the_first_one_trains(lab: Lab) -> None:
+    (lab.folder / "rankings.jsonl").write_text('{"prompt": "p", "responses": ["a", "b"], "ranks": [1]}\n')
+    from rlhf.errors import DataError
+
+    with pytest.raises(DataError, match=r"rankings.jsonl:1"):
+        lab.run()
+    assert lab.trained == []
