@@ -23,6 +23,7 @@ def _compose_and_run() -> int:
     from omegaconf import DictConfig
 
     from rlhf.compose import CONF_DIR, friendly, register, to_config
+    from rlhf.gates import validate
     from rlhf.launch import launch, resolve_run_dir
 
     register()
@@ -32,6 +33,7 @@ def _compose_and_run() -> int:
     def job(cfg: DictConfig) -> None:
         try:
             config = to_config(cfg)
+            validate(config.gate)
             resolve_run_dir(config)
             codes.append(launch(config))
         except RLHFError as error:  # kept from Hydra, which would end a sweep's other jobs

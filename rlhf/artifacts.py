@@ -115,7 +115,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def latest_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
     """The newest intact checkpoint in `folder`, and the newer ones that were passed over as torn or altered."""
-    torn = []
+    torn: list[Path] = []
     for path in reversed(checkpoints(folder)):
         if is_intact(path):
             return path, torn

@@ -13,6 +13,7 @@ from rlhf.data import (
     Loaded,
     check_dirty,
     fit_lengths,
+    fit_prompts,
     load_demonstrations,
     load_gate_prompts,
     load_prompts,
@@ -35,9 +36,12 @@ class Inputs:
     def has(self, source: str) -> bool:
         """True if the configuration names this source, or another that it is derived from."""
         named: SourceConfig = getattr(self.data, source)
-        if source == "prompts":
-            return any(getattr(self.data, s).path for s in ("prompts", "rankings", "demonstrations"))
-        return named.path is not None
+        return named.path is not None or (source == "prompts" and self._origin(source) != source)
+
+    def _origin(self, source: str) -> str:
+        """The source that the rows come from: prompts that are not given are those of the rankings or demonstrations."""
+        options = ("prompts", "rankings", "demonstrations") if source == "prompts" else ()
+        return next((s for s in options if getattr(self.data, s).path), source)
 
     @cached_property
     def demonstrations(self) -> Loaded[Demonstration]:
@@ -53,7 +57,7 @@ class Inputs:
 
     @cached_property
     def gate_prompts(self) -> list[Prompt]:
-        return load_gate_prompts(self.data, self.seed)
+        return fit_prompts(load_gate_prompts(self.data, self.seed), self.renderer, self.data)
 
     @cached_property
     def reference_text(self) -> list[str]:
@@ -78,7 +82,7 @@ class Inputs:
         """Digests of the rows that a stage trains on, and how they were chosen."""
         source = SOURCES[stage]
         loaded = getattr(self, source)
-        chosen = dataclasses.asdict(getattr(self.data, source))
+        chosen = dataclasses.asdict(getattr(self.data, self._origin(source)))
         files = sorted(loaded.report.digests.values())
         if stage == "rm" and self.has("demonstrations"):  # rewards are normalised on them
             files += sorted(self.demonstrations.report.digests.values())
