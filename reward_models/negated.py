@@ -1,6 +1,6 @@
 """A negative control: the run's reward model with its sign flipped. A gate that passes what this made is broken.
 
-python -m rlhf stage=ppo run.parents=runs/quickstart run.name=flipped reward._target_=reward_models.negated.NegatedReward
+    python -m rlhf stage=ppo run.parents=runs/quickstart run.name=flipped reward=negated
 """
 
 from __future__ import annotations

@@ -238,7 +238,8 @@ class PpoConfig:
             fits = [m for m in range(1, self.batch + 1) if self.batch % m == 0]
             near = min(fits, key=lambda m: abs(m - self.minibatch))
             raise ConfigError(
-                f"{key}.minibatch={self.minibatch} does not divide {key}.batch={self.batch}: {key}.minibatch={near} does"
+                f"{key}.minibatch={self.minibatch} does not divide {key}.batch={self.batch}: "
+                f"{key}.minibatch={near} does"
             )
         require(
             not self.lora.enabled, f"{key}.lora",

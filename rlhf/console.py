@@ -35,12 +35,12 @@ class Bar:
     """A progress bar that shows the two or three numbers that matter."""
 
     def __init__(self, progress: Progress | None = None, task: Any = None) -> None:
-        self._progress, self._task = progress, task
+        self._progress, self._task, self._shown = progress, task, ""
 
     def advance(self, n: float = 1, **numbers: float) -> None:
         if self._progress is not None:
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-            self._progress.update(self._task, advance=n, **({"numbers": shown} if shown else {}))
+            self._shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()) or self._shown
+            self._progress.update(self._task, advance=n, numbers=self._shown)
 
 
 @contextmanager

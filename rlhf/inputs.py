@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf.config import Config, SourceConfig
 from rlhf.context import StageData
@@ -23,6 +23,7 @@ from rlhf.data import (
 from rlhf.render import Renderer, load_tokenizer
 from rlhf.types import Demonstration, Prompt, Ranking
 
+Row = TypeVar("Row", Demonstration, Ranking, Prompt)
 SOURCES = {"sft": "demonstrations", "rm": "rankings", "ppo": "prompts"}  # what each stage trains on
 
 
@@ -39,7 +40,7 @@ class Inputs:
         return named.path is not None or (source == "prompts" and self._origin(source) != source)
 
     def _origin(self, source: str) -> str:
-        """The source that the rows come from: prompts that are not given are those of the rankings or demonstrations."""
+        """The source that the rows come from: prompts may be those of the rankings or demonstrations."""
         options = ("prompts", "rankings", "demonstrations") if source == "prompts" else ()
         return next((s for s in options if getattr(self.data, s).path), source)
 
@@ -63,7 +64,7 @@ class Inputs:
     def reference_text(self) -> list[str]:
         return load_reference_text(self.data, self.seed) if self.has("reference_text") else []
 
-    def _fit(self, loaded: Any, *, response_too: bool) -> Any:
+    def _fit(self, loaded: Loaded[Row], *, response_too: bool) -> Loaded[Row]:
         fit_lengths(loaded, self.renderer, self.data, response_too=response_too)
         check_dirty(loaded.report, self.data)
         return loaded

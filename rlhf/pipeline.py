@@ -36,7 +36,6 @@ from rlhf.manifest import (
     check_intact,
     describe_environment,
     differences,
-    fingerprint,
     model_folder,
     new_manifest,
     now,
@@ -196,10 +195,8 @@ class Run:
         """Bring one stage to a finished, judged artifact, doing only what is left to do."""
         for parent in PARENTS[stage]:
             self.require(parent)
-        if stage_config(self.cfg, stage).artifact:
-            manifest = self.import_artifact(stage)
-        else:
-            manifest = self._finish_stage(stage)
+        imported = stage_config(self.cfg, stage).artifact is not None
+        manifest = self.import_artifact(stage) if imported else self._finish_stage(stage)
         judgement = judge_stage(self, stage, manifest)
         self.stamp(stage, judgement)
         return judgement
@@ -222,8 +219,8 @@ class Run:
         judgement = check_verdict(self, stage, manifest)
         if not judgement.passed and self.cfg.gate.mode is GateMode.enforce:
             raise LineageError(
-                f"{stage}: its gate says {judgement.decision}, so nothing may be built on it. See {folder}/verdict.json, "
-                f"mend the cause and train it again, or look on with gate.mode=observe"
+                f"{stage}: its gate says {judgement.decision}, so nothing may be built on it. See {folder}/verdict.json,"
+                " mend the cause and train it again, or look on with gate.mode=observe"
             )
         return judgement
 
@@ -251,8 +248,10 @@ class Run:
             self._set_aside_or_refuse(stage, [f"{stage}.artifact: {manifest.get('imported')} -> {model}"])
         folder.mkdir(exist_ok=True)
         inputs = {"stage": stage, "recipe": 0, "imported": str(model), "parents": {}}
-        manifest = {**new_manifest(self.cfg, stage, inputs), "imported": str(model), "digest": digest,
-                    "tuning": "imported", "finished": now(), "stop_reason": "imported", "metrics": {}, "extra": {}}  # fmt: skip
+        manifest = {
+            **new_manifest(self.cfg, stage, inputs), "imported": str(model), "digest": digest, "tuning": "imported",
+            "finished": now(), "stop_reason": "imported", "metrics": {}, "extra": {},
+        }  # fmt: skip
         write_json(folder / MANIFEST, manifest)
         self.ledger.append("imported", stage=stage, digest=digest, path=str(model))
         return manifest
@@ -269,9 +268,8 @@ class Run:
             changed = differences(manifest["inputs"], inputs)
             if not changed:
                 self.check_intact(stage, manifest)
-                say(
-                    f"{stage}: skipped: finished {manifest['finished']} with the same inputs {manifest['fingerprint'][:19]}"
-                )
+                made, mark = manifest["finished"], manifest["fingerprint"][:19]
+                say(f"{stage}: skipped: finished {made} from the same inputs ({mark})")
                 return manifest
             self._set_aside_or_refuse(stage, changed)
         elif (folder / STARTED).exists():
@@ -320,7 +318,8 @@ class Run:
         try:
             result = train(self.cfg, Context(
                 stage=stage, folder=folder, parents=self._parent_models(stage), parent_extra=self._parent_extra(stage),
-                data=data, renderer=self.inputs(stage).renderer, device=self.device, tracker=tracker, stopping=stop_asked,
+                data=data, renderer=self.inputs(stage).renderer, device=self.device, tracker=tracker,
+                stopping=stop_asked,
             ))  # fmt: skip
         finally:
             tracker.finish()

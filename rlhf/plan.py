@@ -82,9 +82,10 @@ def _batches(cfg: Config) -> Table:
             f"{optim.epochs:g} epochs",
         )  # fmt: skip
     ppo = cfg.ppo
+    steps = ppo.epochs * ppo.batch // ppo.minibatch
     table.add_row(
-        "ppo", f"{ppo.batch} episodes", f"{ppo.epochs} epochs × {ppo.batch // ppo.minibatch} minibatches of {ppo.minibatch}",
-        f"{ppo.updates} updates = {ppo.updates * ppo.batch:,} episodes, {ppo.updates * ppo.epochs * ppo.batch // ppo.minibatch:,} steps",
+        "ppo", f"{ppo.batch} episodes", f"{steps} optimizer steps of {ppo.minibatch} episodes, {ppo.epochs} epochs",
+        f"{ppo.updates} updates = {ppo.updates * ppo.batch:,} episodes, {ppo.updates * steps:,} steps",
     )  # fmt: skip
     return table
 

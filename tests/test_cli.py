@@ -17,7 +17,8 @@ def rlhf(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     program = (
         "import sys, atexit, runpy\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        f"atexit.register(lambda: sys.stderr.write('HEAVY ' + ' '.join(m for m in {HEAVY!r} if m in sys.modules) + '\\n'))\n"
+        f"loaded = lambda: ' '.join(m for m in {HEAVY!r} if m in sys.modules)\n"
+        "atexit.register(lambda: sys.stderr.write(f'HEAVY {loaded()}\\n'))\n"
         f"sys.argv = ['rlhf', *{list(arguments)!r}]\n"
         "runpy.run_module('rlhf', run_name='__main__')\n"
     )
@@ -43,7 +44,7 @@ def rlhf(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     ],
     ids=lambda value: " ".join(value),
 )
-def test_a_config_error_is_one_message_with_exit_code_2(arguments: list[str], needles: list[str], tmp_path: Path) -> None:
+def test_a_config_error_is_one_message_with_code_2(arguments: list[str], needles: list[str], tmp_path: Path) -> None:
     done = rlhf(*arguments, f"run.root={tmp_path}/runs")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

@@ -80,7 +80,7 @@ def test_the_core_names_no_stage_and_no_reward_model(path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(MATHS))
 def test_maths_is_importable_alone(name: str) -> None:
-    allowed = {"torch", "numpy", "scipy", "math", "dataclasses", "typing", "collections", "__future__", "itertools", "enum"}
+    allowed = {"torch", "numpy", "scipy", "math", "dataclasses", "typing", "collections", "__future__", "itertools"}
     foreign = {n.split(".")[0] for n in imports(ROOT / "rlhf" / f"{name}.py")} - allowed
     assert not foreign
 

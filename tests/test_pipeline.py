@@ -35,10 +35,11 @@ class Lab:
         self.decisions: dict[str, str] = {}
         self.judged: list[str] = []
         self.fail_in: str | None = None
-        rows = [{"prompt": f"my robot {i} rattles", "response": REMEDY[i % 4]} for i in range(40)]
-        demos = [{"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["response"]}]}
-                 for r in rows]  # fmt: skip
-        ranks = [{"prompt": r["prompt"], "responses": REMEDY, "ranks": [1, 2, 2, None]} for r in rows]
+        prompts = [f"my robot {i} rattles" for i in range(40)]
+        roles = ("user", "assistant")
+        turns = [zip(roles, (prompt, REMEDY[i % 4]), strict=True) for i, prompt in enumerate(prompts)]
+        demos = [{"messages": [{"role": role, "content": text} for role, text in turn]} for turn in turns]
+        ranks = [{"prompt": prompt, "responses": REMEDY, "ranks": [1, 2, 2, None]} for prompt in prompts]
         for name, lines in (("demos", demos), ("rankings", ranks)):
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
