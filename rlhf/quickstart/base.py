@@ -23,7 +23,7 @@ TEMPLATE = (
 )
 VOCABULARY = 1024  # at most
 MAX_LENGTH = 256  # tokens
-BATCH, STEPS, LEARNING_RATE = 32, 80, 4e-3
+BATCH, STEPS, LEARNING_RATE = 8, 200, 4e-3  # small batches: it is the number of updates that teaches it
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -51,7 +51,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
     """About 0.9 M parameters, drawn with `seed`."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=MAX_LENGTH, tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
         attention_dropout=0.0,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 
+from rlhf.quickstart.grammar import sentence
 from rlhf.quickstart.world import CURABLE, FAULTS, ROBOTS, Kind, Shop
 
 TRAIN_PAGES, HELDOUT_PAGES = 1200, 120
@@ -28,8 +29,9 @@ def _line(shop: Shop, robot: str, rng: random.Random) -> str:
     )
     if rng.random() < 0.5:
         fault = pick(CURABLE)
-        subject = pick((f"If the {robot} {fault}", f"When a {robot} {fault}", f"Should it be that it {fault}"))
-        return f"{subject}, {shop.cures[fault]}."
+        subject = pick((f"Say the {robot} {fault}.", f"What if a {robot} {fault}?", f"Now and then it {fault}."))
+        between = pick(("", "", "That is common.", "Do not worry.", "Sit down with a cup of oil."))
+        return " ".join(filter(None, (subject, between, sentence(shop.cures[fault]))))
     return pick(kinds)
 
 
