@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf.artifacts import canonical, read_json, sha256_text, write_json, write_text
 from rlhf.config import Config
@@ -16,10 +16,9 @@ from rlhf.console import say, show
 from rlhf.errors import GateError, LineageError
 from rlhf.gates import GateRequest, judge, message, policy_digest, verdict_table
 from rlhf.gates.verdict import ERRORS
+from rlhf.ledger import Ledger
 from rlhf.manifest import VERDICT, describe_environment, model_folder, read_manifest
-
-if TYPE_CHECKING:
-    from rlhf.pipeline import Run
+from rlhf.rundir import RunDir
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ class Judgement:
         return ERRORS[self.decision](f"{message(self.record)}\n{self.path}")
 
 
-def judge_stage(run: Run, stage: str, manifest: dict[str, Any], *, announce: bool = True) -> Judgement:
+def judge_stage(run: RunDir, stage: str, manifest: dict[str, Any], *, announce: bool = True) -> Judgement:
     """The stored verdict for this artifact under this policy, or a new one."""
     folder = run.dir / stage
     digest, policy = manifest["digest"], policy_digest(run.cfg.gate, stage)
@@ -62,7 +61,7 @@ def judge_stage(run: Run, stage: str, manifest: dict[str, Any], *, announce: boo
     return Judgement(stage, record["decision"], record, folder / VERDICT)
 
 
-def check_verdict(run: Run, stage: str, manifest: dict[str, Any]) -> Judgement:
+def check_verdict(run: RunDir, stage: str, manifest: dict[str, Any]) -> Judgement:
     """A parent's verdict. None at all is an error; one under another policy is made anew."""
     folder = run.folder(stage)
     if not (folder / VERDICT).exists():
@@ -84,7 +83,7 @@ def check_verdict(run: Run, stage: str, manifest: dict[str, Any]) -> Judgement:
     return Judgement(stage, stored["decision"], stored, folder / VERDICT)
 
 
-def _read_verdict(run: Run, folder: Path, stage: str) -> dict[str, Any] | None:
+def _read_verdict(run: RunDir, folder: Path, stage: str) -> dict[str, Any] | None:
     """The verdict on disk, after checking that it is the one that the gate wrote."""
     path = folder / VERDICT
     if not path.exists():
@@ -97,8 +96,6 @@ def _read_verdict(run: Run, folder: Path, stage: str) -> dict[str, Any] | None:
         raise LineageError(
             f"{path}: not a readable verdict ({error}); delete it and judge again with do=gate"
         ) from error
-    from rlhf.ledger import Ledger
-
     ledger = run.ledger if folder.parent == run.dir else Ledger(folder.parent / "ledger.jsonl")
     entered = ledger.last("verdict", stage)
     if not genuine or entered is None or entered["verdict_id"] != record["verdict_id"]:
@@ -109,7 +106,7 @@ def _read_verdict(run: Run, folder: Path, stage: str) -> dict[str, Any] | None:
     return record
 
 
-def _request(run: Run, stage: str, manifest: dict[str, Any]) -> GateRequest:
+def _request(run: RunDir, stage: str, manifest: dict[str, Any]) -> GateRequest:
     cfg: Config = run.cfg
     inputs = run.inputs(stage)
     data = inputs.for_stage(stage)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rlhf.artifacts import (
     atomic_folder,
@@ -23,112 +22,33 @@ from rlhf.artifacts import (
     seal,
     write_json,
 )
-from rlhf.config import STAGES, Config, GateMode, stage_config
+from rlhf.config import STAGES, GateMode, stage_config
 from rlhf.console import say
 from rlhf.context import Context
 from rlhf.errors import ConfigError, LineageError, TrainingError
-from rlhf.inputs import SOURCES, Inputs
+from rlhf.inputs import SOURCES
 from rlhf.judging import Judgement, check_verdict, judge_stage
-from rlhf.ledger import Ledger
 from rlhf.manifest import (
     MANIFEST,
     STARTED,
     check_intact,
     describe_environment,
     differences,
-    model_folder,
     new_manifest,
     now,
     read_manifest,
     stage_inputs,
 )
-from rlhf.models import pick_device
-from rlhf.plugins import build
+from rlhf.rundir import RunDir, local_model, mend
 from rlhf.sampling import sample_rankings
 from rlhf.signals import stop_asked
 from rlhf.tracking import open_tracker
-from rlhf.types import World
 
 PARENTS = {"sft": (), "rm": ("sft",), "ppo": ("sft", "rm")}
 
 
-class Run:
-    """One run directory and the configuration that works on it."""
-
-    def __init__(self, cfg: Config, *, read_only: bool = False) -> None:
-        self.cfg = cfg
-        self.dir = Path(cfg.run.dir)
-        self._lock: TextIO | None = None
-        if not read_only:
-            self._make_directory()
-        self.ledger = Ledger(self.dir / "ledger.jsonl")
-        self.device = pick_device(cfg.launch)
-        self.world: World | None = build(cfg.data.world, "data.world", seed=cfg.seed) if cfg.data.world else None
-        self._inputs: dict[str, Inputs] = {}
-
-    def _make_directory(self) -> None:
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            probe = self.dir / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise ConfigError(
-                f"run.dir: {self.dir} cannot be written ({error.strerror}): choose run.root=..."
-            ) from error
-        import fcntl
-
-        self._lock = (self.dir / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"run.dir: another process is at work in {self.dir}: wait, or use run.name=..."
-            ) from error
-
-    def close(self) -> None:
-        """Let go of the run directory."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
-
-    # ---- where things lie
-
-    def folder(self, stage: str) -> Path:
-        """The stage's folder: in this run, or, for a parent that this run does not have, in run.parents."""
-        own = self.dir / stage
-        if self.cfg.run.parents and not (own / MANIFEST).exists() and not (own / STARTED).exists():
-            other = Path(self.cfg.run.parents) / stage
-            if (other / MANIFEST).exists() or (stage == "world" and other.is_dir()):
-                return other
-        return own
-
-    def base(self) -> Path | str:
-        """The pretrained model."""
-        return self.folder("world") / "base" if self.world else str(self.cfg.model.path)
-
-    def model(self, stage: str) -> Path:
-        """The model folder of a finished or imported stage."""
-        artifact = stage_config(self.cfg, stage).artifact
-        if artifact:
-            return local_model(artifact, f"{stage}.artifact")
-        manifest = read_manifest(self.folder(stage))
-        if manifest is None:
-            raise LineageError(f"{stage}: no finished artifact in {self.folder(stage)}; {mend(self.cfg, stage)}")
-        return model_folder(self.folder(stage), manifest)
-
-    def inputs(self, stage: str) -> Inputs:
-        """The data as the model that this stage starts from tokenizes it."""
-        start: Path | str = self.base()
-        if stage != "sft":
-            made = stage_config(self.cfg, "sft").artifact or read_manifest(self.folder("sft"))
-            start = self.model("sft") if made else start
-        key = str(start)
-        if key not in self._inputs:
-            inputs = Inputs(self.cfg, start)
-            same = [i for i in self._inputs.values() if i.renderer.digest == inputs.renderer.digest]
-            self._inputs[key] = same[0] if same else inputs
-        return self._inputs[key]
+class Run(RunDir):
+    """What can be done in a run directory: make the world, rank samples, bring a stage to a judged artifact."""
 
     # ---- the world: base model, data files, simulated annotators
 
@@ -219,8 +139,8 @@ class Run:
         judgement = check_verdict(self, stage, manifest)
         if not judgement.passed and self.cfg.gate.mode is GateMode.enforce:
             raise LineageError(
-                f"{stage}: its gate says {judgement.decision}, so nothing may be built on it. See {folder}/verdict.json,"
-                " mend the cause and train it again, or look on with gate.mode=observe"
+                f"{stage}: its gate says {judgement.decision}, so nothing may be built on it. "
+                f"See {folder}/verdict.json, mend the cause and train it again, or look on with gate.mode=observe"
             )
         return judgement
 
@@ -362,24 +282,3 @@ class Run:
         if manifest.get("status") != status:
             write_json(folder / MANIFEST, {**manifest, "status": status})
             self.ledger.append("promotion", stage=stage, status=status, digest=manifest["digest"])
-
-
-def local_model(path: str, key: str) -> Path:
-    """A local folder for a path or hub id; a ConfigError that names `key` if there is none."""
-    if Path(path).is_dir():
-        return Path(path).resolve()
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise ConfigError(f"{key}: {path} is not a folder")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path, local_files_only=bool(os.environ.get("HF_HUB_OFFLINE"))))
-    except Exception as error:  # the hub's client raises many kinds: not found, gated, offline, timeout
-        first = str(error).split("\n")[0]
-        raise ConfigError(f"{key}: {path} is neither a folder nor a hub model that can be had: {first}") from error
-
-
-def mend(cfg: Config, stage: str) -> str:
-    """The command that makes a stage's artifact."""
-    name = "" if cfg.run.name == "run" else f" run.name={cfg.run.name}"
-    return f"`python -m rlhf stage={stage}{name}` makes it"

@@ -29,6 +29,7 @@ AUDIT = "audit.json"
 def dispatch(cfg: Config) -> int:
     """Do what `cfg.do` says; the exit code."""
     torch.set_num_threads(cfg.launch.threads or os.cpu_count() or 1)
+    _quiet_libraries()
     verbs = {Do.run: run, Do.plan: plan, Do.gate: gate, Do.sample: sample, Do.doctor: doctor}
     try:
         return verbs[cfg.do](cfg)
@@ -39,6 +40,16 @@ def dispatch(cfg: Config) -> int:
                 "Free some space and run the same command again"
             ) from error
         raise
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' own bars and guesses out of what the user reads."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    # DeepSpeed, which accelerate imports, warns about each machine without a GPU unless it is told.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def chosen(cfg: Config) -> tuple[str, ...]:
