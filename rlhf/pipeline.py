@@ -73,7 +73,7 @@ class Run(RunDir):
 
     def rank_samples(self) -> None:
         """Let the world's annotators rank samples of the SFT policy: an artifact with a manifest of its own."""
-        if self.world is None:
+        if self.world is None or self.own_rankings:
             return
         folder = self.folder("rankings")
         parent = read_manifest(self.folder("sft"))
@@ -94,7 +94,7 @@ class Run(RunDir):
     def use_rankings(self) -> None:
         """Point data.rankings at the annotators' rankings, once they are there."""
         path = self.folder("rankings") / "rankings.jsonl"
-        if self.world is not None and path.exists():
+        if self.world is not None and not self.own_rankings and path.exists():
             self.cfg.data.rankings.path = str(path)
 
     # ---- one stage
@@ -102,7 +102,7 @@ class Run(RunDir):
     def validate(self, stages: tuple[str, ...]) -> None:
         """Read every file that the stages will need, before any weight is loaded."""
         trained = [s for s in stages if not stage_config(self.cfg, s).artifact]
-        if self.world and "rm" in trained:
+        if self.world and not self.own_rankings and "rm" in trained:
             trained.remove("rm")  # its rankings are yet to be sampled
         for (
             stage

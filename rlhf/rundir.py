@@ -29,6 +29,7 @@ class RunDir:
         self.ledger = Ledger(self.dir / "ledger.jsonl")
         self.device = pick_device(cfg.launch)
         self.world: World | None = build(cfg.data.world, "data.world", seed=cfg.seed) if cfg.data.world else None
+        self.own_rankings = cfg.data.rankings.path is not None  # given, not to be sampled from our own policy
         self._inputs: dict[str, Inputs] = {}
 
     def _make_directory(self) -> None:

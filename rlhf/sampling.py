@@ -20,7 +20,8 @@ def sample_rankings(cfg: Config, model: Path, inputs: Inputs, device: torch.devi
     Response i of prompt j is drawn with the seed (cfg.seed, "sample", j, i), whatever else is sampled beside it.
     """
     renderer, settings = inputs.renderer, cfg.sample
-    prompts = inputs.prompts.train[: settings.prompts]
+    # Held-out prompts too: the split is by prompt, so their rankings are held out wherever they are read.
+    prompts = [*inputs.prompts.train, *inputs.prompts.heldout][: settings.prompts]
     policy = load_policy(model, cfg.model, device)
     ids = [renderer.prompt_ids(p.messages) for p in prompts for _ in range(settings.k)]
     seeds = [seed_of(cfg.seed, "sample", j, i) for j in range(len(prompts)) for i in range(settings.k)]

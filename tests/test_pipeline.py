@@ -5,6 +5,7 @@ The stages' own tests train; here only what the pipeline does around them is und
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -18,7 +19,7 @@ import pytest
 from rlhf import judging, pipeline, verbs
 from rlhf.artifacts import atomic_folder, read_json, seal
 from rlhf.config import CheckConfig, Config, GateConfig, GateMode, ModelConfig, Stage, TrackerConfig, TrackerMode
-from rlhf.errors import ConfigError, GateError, Invalid, LineageError, TrainingError
+from rlhf.errors import ConfigError, DataError, GateError, Invalid, LineageError, TrainingError
 from rlhf.gates.verdict import Finding, Verdict
 from rlhf.ledger import Ledger
 from rlhf.types import StageResult
@@ -291,10 +292,69 @@ def test_an_unwritable_run_directory_is_a_config_error(lab: Lab) -> None:
         lab.run(run__dir=str(lab.folder / "file" / "run"))
 
 
-def test_bad_data_of_a_later_stage_is_found_before_the_first_one_trains(lab: Lab) -> None:
-    (lab.folder / "rankings.jsonl").write_text('{"prompt": "p", "responses": ["a", "b"], "ranks": [1]}\n')
-    from rlhf.errors import DataError
+GOOD = '{"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}\n'
+MANY = "".join(GOOD.replace('"p"', f'"p{i}"') for i in range(40))
+BAD_RANKINGS = {
+    "missing file": (None, "no such file"),
+    "empty file": (b"", "empty"),
+    "broken JSON": ((GOOD * 2 + '{"prompt": \n').encode(), "rankings.jsonl:3"),
+    "missing field": (b'{"prompt": "p", "responses": ["a", "b"]}\n', "rankings.jsonl:1"),
+    "ranks of the wrong length": (b'{"prompt": "p", "responses": ["a", "b"], "ranks": [1]}\n', "rankings.jsonl:1"),
+    "NaN rank": (b'{"prompt": "p", "responses": ["a", "b"], "ranks": [1, NaN]}\n', "rankings.jsonl:1"),
+    "not UTF-8": (GOOD.encode() + b'{"prompt": "\xff"}\n', "rankings.jsonl:2"),
+    "over-long row": (MANY.replace('"a"', '"' + "a" * 500 + '"', 1).encode(), "data.on_overlong"),
+}
 
-    with pytest.raises(DataError, match=r"rankings.jsonl:1"):
+
+@pytest.mark.parametrize("fault", BAD_RANKINGS)
+def test_bad_rankings_are_one_message_before_the_first_stage_trains(lab: Lab, fault: str) -> None:
+    text, needle = BAD_RANKINGS[fault]
+    path = lab.folder / "rankings.jsonl"
+    path.unlink() if text is None else path.write_bytes(text)
+    with pytest.raises(DataError) as raised:
         lab.run()
+    assert needle in str(raised.value)
+    assert raised.value.exit_code == 2
     assert lab.trained == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "needle"),
+    [
+        (lambda folder: [p.unlink() for p in folder.glob("tokenizer*")], "tokenizer"),
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "chat template"),
+        (lambda folder: edit_json(folder / "tokenizer_config.json", pad_token=None), "pad"),
+    ],
+    ids=["no tokenizer", "no chat template", "no pad token"],
+)
+def test_a_model_folder_without_its_tokenizer_parts_is_a_config_error(
+    lab: Lab, tmp_path: Path, spoil: Callable[[Path], object], needle: str
+) -> None:
+    folder = tmp_path / "spoilt"
+    shutil.copytree(lab.model, folder)
+    spoil(folder)
+    with pytest.raises(ConfigError, match=needle):
+        lab.run(model__path=str(folder))
+    assert lab.trained == []
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_full_disk_while_saving_loses_nothing_saved_before(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab.run(stage=Stage.sft)
+    before = {p: p.read_bytes() for p in lab.path("sft").rglob("*") if p.is_file()}
+
+    def full(cfg: Config, context: Any) -> StageResult:
+        with atomic_folder(context.folder / "model") as part:
+            (part / "half").write_text("half of the weights")
+            raise OSError(errno.ENOSPC, "No space left on device", str(part))
+
+    monkeypatch.setattr(sys.modules["stages.rm"], "run", full)
+    with pytest.raises(TrainingError, match="the disk is full"):
+        verbs.dispatch(lab.config(stage=Stage.rm))
+    assert {p: p.read_bytes() for p in lab.path("sft").rglob("*") if p.is_file()} == before
+    assert not list(lab.path("rm").glob("*model*"))
+    monkeypatch.setattr(sys.modules["stages.rm"], "run", lab.train("rm"))
+    assert lab.run(stage=Stage.rm) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from rlhf.artifacts import checkpoints
 from rlhf.config import CriticInit, KlConfig, ModelConfig
 from rlhf.errors import Preempted, TrainingError
 from rlhf.models import load_reward_model, save_model
+from rlhf.ppo.checkpoint import Progress
+from rlhf.ppo.watch import must_stop, note_kl
 from rlhf.render import load_tokenizer
 from stages import ppo
 
@@ -170,6 +173,32 @@ def test_a_nan_in_the_weights_names_tensor_update_and_rows(tmp_path: Path, tiny_
     with pytest.raises(TrainingError, match=r"rollout values is not finite in update 2, rows .*\w"):
         loop.run()
     assert not checkpoints(tmp_path / "checkpoints")
+
+
+def test_a_reward_that_draws_random_numbers_resumes_too(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ppo_tiny.early_letters", lambda *_: random.random() + float(torch.rand(())))
+    random.seed(5)
+    torch.manual_seed(5)
+    ppo.run(config(), context(tmp_path / "a", tiny_model))
+    random.seed(5)
+    torch.manual_seed(5)
+    with pytest.raises(Preempted):
+        ppo.run(config(), context(tmp_path / "b", tiny_model, stopping=lambda: True))
+    random.seed(6)
+    torch.manual_seed(6)
+    ppo.run(config(), context(tmp_path / "b", tiny_model))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_the_patience_counts_updates_in_a_row() -> None:
+    progress, kl = Progress(), KlConfig(budget=1.0, patience=2)
+    stops = []
+    for mean in (2.0, 0.5, 2.0, 1.0, 2.0, 2.0):
+        note_kl(progress, mean, kl)
+        stops.append(must_stop(progress, kl))
+    assert stops == [False, False, False, False, False, True]
 
 
 def test_state_is_readable_json(unbroken: Path) -> None:
