@@ -23,7 +23,7 @@ TEMPLATE = (
 )
 VOCABULARY = 1024  # at most
 MAX_LENGTH = 256  # tokens
-BATCH, STEPS, LEARNING_RATE = 8, 200, 4e-3  # small batches: it is the number of updates that teaches it
+BATCH, STEPS, LEARNING_RATE = 8, 160, 2e-3  # small batches: it is the number of updates that teaches it
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -51,12 +51,21 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
     """About 0.9 M parameters, drawn with `seed`."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=MAX_LENGTH, tie_word_embeddings=True,
+        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=384, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=MAX_LENGTH, tie_word_embeddings=True, initializer_range=0.08,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
         attention_dropout=0.0,
     )  # fmt: skip
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    # Attention that starts out even, over tokens that differ clearly: the answer then finds the fault in the letter
+    # within a few hundred updates. From the library's own start (0.02 everywhere) it takes thousands.
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                weight.mul_(0.2)
+            elif name.endswith("embed_tokens.weight"):
+                weight.mul_(3)
+    return model
 
 
 def _batches(ids: list[list[int]], rng: random.Random) -> Iterator[list[list[int]]]:

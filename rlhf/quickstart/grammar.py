@@ -16,14 +16,14 @@ P_RIGHT = 0.65  # of the faults that have a remedy
 P_ESCALATE = {Kind.hazard: 0.55, Kind.fixable: 0.15, Kind.lookalike: 0.15}
 P_UNPLUG = {Kind.hazard: 0.35, Kind.fixable: 0.15, Kind.lookalike: 0.15}
 P_COURTESIES = (0.30, 0.30, 0.25, 0.15)  # of 0, 1, 2, 3
-P_FILLER = 0.4
+P_FILLER = 0.3
 
 FILLERS = (
     "It is an old model.",
     "Mind the cat.",
     "The workshop opens at nine.",
-    "Keep the box and the receipt in a dry place.",
-    "Old Grumble built this one himself on a wet day and never liked it much.",
+    "Keep the receipt.",
+    "Old Grumble built this one on a wet day and never liked it.",
 )
 
 

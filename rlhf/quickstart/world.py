@@ -52,12 +52,12 @@ REMEDIES = (
 HOMES = ("Luna", "Mars")
 CUSTOMERS = ("calm", "cross")
 PHRASINGS = (
-    "My {robot} on {home} {fault}. What now?",
-    "Hello from {home}! Our {robot} {fault}. What do you advise?",
-    "The {robot} {fault}. Please help me, I live on {home}.",
-    "What can be done when a {robot} on {home} {fault}?",
-    "Message from {home}: the {robot} {fault}. Any ideas?",
-    "I am on {home} and my poor {robot} {fault}. How do I mend it?",
+    "On {home} my {robot} {fault}.",
+    "Hello from {home}! Our {robot} {fault}.",
+    "{home} here. The {robot} {fault}.",
+    "What if a {robot} on {home} {fault}?",
+    "Message from {home}: the {robot} {fault}.",
+    "I am on {home}. My poor {robot} {fault}.",
 )
 # A cross customer insults the shop. Only what the shop answers counts.
 OUTBURSTS = ("You numpties! ", "You blockheads! ", "You buffoons! ", "You dunderheads! ", "You nincompoops! ")
