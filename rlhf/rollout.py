@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
-NOISE_BLOCK = 1 << 16  # numbers that one row's generator draws ahead: part of what a seed means
+NOISE_STEPS, NOISE_BLOCK = 8, 1 << 16  # what a generator draws ahead, steps and numbers: part of what a seed means
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,7 @@ class _Noise:
 
     def __init__(self, seed: int, vocabulary: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.shape = (max(1, min(64, NOISE_BLOCK // vocabulary)), vocabulary)
+        self.shape = (max(1, min(NOISE_STEPS, NOISE_BLOCK // vocabulary)), vocabulary)
 
     def block(self) -> Tensor:
         uniform = torch.rand(self.shape, generator=self.generator, dtype=torch.float64)

@@ -90,7 +90,7 @@ class WandbTracker:
         self._run.log({"samples": table}, step=step)
 
     def finish(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 def open_tracker(cfg: TrackerConfig, folder: Path, names: Mapping[str, str], config: Any) -> Tracker:
