@@ -325,7 +325,7 @@ class TrackerConfig:
 @dataclass
 class SampleConfig:
     k: int = 4
-    prompts: int | None = None  # how many of data.prompts; None: all
+    prompts: int | None = None  # how many of data.prompts, drawn with the seed; None: all
     temperature: float = 1.0
     out: str | None = None  # None: samples-<stage>.jsonl in the run directory
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import torch
@@ -21,7 +22,9 @@ def sample_rankings(cfg: Config, model: Path, inputs: Inputs, device: torch.devi
     """
     renderer, settings = inputs.renderer, cfg.sample
     # Held-out prompts too: the split is by prompt, so their rankings are held out wherever they are read.
-    prompts = [*inputs.prompts.train, *inputs.prompts.heldout][: settings.prompts]
+    prompts = [*inputs.prompts.train, *inputs.prompts.heldout]
+    if settings.prompts is not None and settings.prompts < len(prompts):
+        prompts = random.Random(seed_of(cfg.seed, "prompts")).sample(prompts, settings.prompts)
     policy = load_policy(model, cfg.model, device)
     ids = [renderer.prompt_ids(p.messages) for p in prompts for _ in range(settings.k)]
     seeds = [seed_of(cfg.seed, "sample", j, i) for j in range(len(prompts)) for i in range(settings.k)]
