@@ -115,7 +115,7 @@ class Renderer:
         parts = {
             "template": self.tokenizer.chat_template,
             "vocabulary": self.tokenizer.get_vocab(),
-            "special": self._special,
+            "special": sorted(self._special),  # a set in the library: its order differs between processes
             "ids": [self._bos, self.eos_id, self.pad_id],
         }
         return sha256_text(canonical(parts))
