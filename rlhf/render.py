@@ -73,7 +73,7 @@ class Renderer:
             tokenizer.all_special_tokens
         )
         self._last: tuple[Messages, list[int]] = ([], [])  # responses of one prompt come one after the other
-        self._special = sorted(special - {""}, key=len, reverse=True)
+        self._special = sorted(special - {""}, key=lambda token: (-len(token), token))  # longest first
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Ids up to where the assistant begins to speak."""
@@ -115,7 +115,7 @@ class Renderer:
         parts = {
             "template": self.tokenizer.chat_template,
             "vocabulary": self.tokenizer.get_vocab(),
-            "special": sorted(self._special),  # a set in the library: its order differs between processes
+            "special": self._special,
             "ids": [self._bos, self.eos_id, self.pad_id],
         }
         return sha256_text(canonical(parts))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +153,18 @@ def test_a_real_tokenizer() -> None:
     assert ids[:length] == renderer.prompt_ids(user("What is a pen?"))
     assert ids.count(renderer.eos_id) == 2 and ids[-1] == renderer.eos_id  # one ends the user's turn
     assert renderer.decode(ids[length:]) == "A thing to write with."
+
+
+def test_the_digest_is_the_same_in_every_process(tiny_model: Path) -> None:
+    program = (
+        "import sys; from rlhf.config import ModelConfig; from rlhf.render import Renderer, load_tokenizer\n"
+        "print(Renderer(load_tokenizer(sys.argv[1], ModelConfig())).digest)"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", program, str(tiny_model)],
+            cwd=Path(__file__).parents[1], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }  # fmt: skip
+    assert len(digests) == 1
