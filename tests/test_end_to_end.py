@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -75,7 +76,7 @@ def test_the_models_load_with_plain_transformers_and_were_trained(done: Done, ti
         model = AutoModelForCausalLM.from_pretrained(done.run / stage / "model")
         AutoTokenizer.from_pretrained(done.run / stage / "model")
         weights.append(model.state_dict())
-    for before, after in zip(weights, weights[1:], strict=False):
+    for before, after in itertools.pairwise(weights):
         assert any(not torch.equal(before[name], after[name]) for name in before), "the stage trained nothing"
     rm = AutoModelForSequenceClassification.from_pretrained(done.run / "rm" / "model")
     assert rm.config.num_labels == 1
