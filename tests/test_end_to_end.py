@@ -47,7 +47,7 @@ def test_the_code_is_that_of_the_first_gate_that_did_not_pass(done: Done) -> Non
 
 
 def test_every_stage_left_its_files(done: Done) -> None:
-    parents = {}
+    parents: dict[str, str] = {}
     for stage in STAGES:
         folder = done.run / stage
         manifest = read_json(folder / "manifest.json")
