@@ -163,7 +163,8 @@ def test_the_digest_is_the_same_in_every_process(tiny_model: Path) -> None:
     digests = {
         subprocess.run(
             [sys.executable, "-c", program, str(tiny_model)],
-            cwd=Path(__file__).parents[1], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True,
+            cwd=Path(__file__).parents[1], env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True, text=True, check=True,
         ).stdout
         for seed in ("1", "2", "3")
     }  # fmt: skip
