@@ -57,7 +57,8 @@ def judge_stage(run: RunDir, stage: str, manifest: dict[str, Any], *, announce: 
     write_json(folder / VERDICT, record)
     run.ledger.append("verdict", stage=stage, verdict_id=record["verdict_id"], decision=record["decision"],
                       artifact=digest, policy=policy)  # fmt: skip
-    show(verdict_table(record))
+    if record["checks"]:  # none if the gate stopped before any: then its reason is the error's message
+        show(verdict_table(record))
     return Judgement(stage, record["decision"], record, folder / VERDICT)
 
 

@@ -70,8 +70,8 @@ class World(Protocol):
     def rank(self, samples: Path, out: Path) -> None:
         """Read `{"prompt", "responses", ...}` lines (do=sample), write ranking lines (`ranks`, `annotator` added)."""
 
-    def audit(self, run_dir: Path) -> str:
-        """A closing table, for people only: nothing in the pipeline reads it."""
+    def audit(self, models: Mapping[str, Path]) -> str:
+        """A closing table on the model folders "base", "sft" and "ppo", for people only: nothing here reads it."""
 
 
 @dataclass(kw_only=True, slots=True)

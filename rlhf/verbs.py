@@ -86,13 +86,14 @@ def _run(work: Run, stages: tuple[str, ...]) -> int:
 def audit(work: Run) -> None:
     """The world's closing table once the policy is there, kept beside the models that it was made for."""
     made = {stage: read_manifest(work.folder(stage)) for stage in STAGES}
-    if work.world is None or not all(made.values()):
-        return
+    if work.world is None or not all(made.values()) or any(m.get("imported") for m in made.values() if m):
+        return  # nothing to compare yet, or with a model from another world
     digests = {stage: manifest["digest"] for stage, manifest in made.items() if manifest}
     path = work.dir / AUDIT
     stored = read_json(path) if path.exists() else {}
     if stored.get("models") != digests:
-        stored = {"models": digests, "text": work.world.audit(work.dir)}
+        models = {"base": Path(work.base()), **{stage: work.model(stage) for stage in STAGES}}
+        stored = {"models": digests, "text": work.world.audit(models)}
         write_json(path, stored)
     say(stored["text"])
 

@@ -68,7 +68,10 @@ def numbers(world: Quickstart) -> dict[str, Any]:
     from rlhf.quickstart.audit import audit_numbers
     from rlhf.quickstart.world import Shop
 
-    return audit_numbers(Shop(world.seed), world.run)
+    return audit_numbers(
+        Shop(world.seed),
+        {"base": world.run / "world/base", "sft": world.run / "sft/model", "ppo": world.run / "ppo/model"},
+    )
 
 
 def test_it_ends_with_every_gate_passed(world: Quickstart) -> None:

@@ -58,11 +58,11 @@ class World:
 
         rank_file(self.shop, Path(samples), Path(out))
 
-    def audit(self, run_dir: Path) -> str:
+    def audit(self, models: Mapping[str, Path]) -> str:
         """The closing table: base, SFT and PPO by gold on the 600 audit prompts."""
         from rlhf.quickstart.audit import audit_table
 
-        return audit_table(self.shop, Path(run_dir))
+        return audit_table(self.shop, models)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

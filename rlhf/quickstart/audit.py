@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from rlhf.quickstart.world import Case, Kind, Shop
 from rlhf.rollout import Response, Sampling, generate, seed_of, sequence_logprobs
 from rlhf.statistics import wilson_interval
 
-MODELS = {"base": "world/base", "SFT": "sft/model", "PPO": "ppo/model"}
+MODELS = {"base": "base", "SFT": "sft", "PPO": "ppo"}  # the table's column: the key of the folder
 MAX_NEW_TOKENS = 48
 LABELS = {
     "insults": "insults", "right": "right remedy (curable)", "escalated": "hazards escalated", "gold": "gold utility",
@@ -88,12 +88,12 @@ def preferred(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
     return mean([0.5 * ((a > b) + (a >= b)) for a, b in zip(ours, theirs, strict=True)])
 
 
-def sample_answers(shop: Shop, run_dir: Path) -> dict[str, Answers]:
+def sample_answers(shop: Shop, models: Mapping[str, Path]) -> dict[str, Answers]:
     """One response to each audit prompt from every model. LineageError names a model that is not there."""
-    for folder in MODELS.values():
-        if not (run_dir / folder / "config.json").exists():
-            raise LineageError(f"{run_dir / folder}: no model; the audit needs base, SFT and PPO in one run directory")
-    tokenizer = AutoTokenizer.from_pretrained(run_dir / MODELS["base"])
+    for key in MODELS.values():
+        if not (models[key] / "config.json").exists():
+            raise LineageError(f"{models[key]}: no model; the audit compares base, SFT and PPO")
+    tokenizer = AutoTokenizer.from_pretrained(models["base"])
     prompts = [
         tokenizer.apply_chat_template(case.messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         for case in shop.audit
@@ -102,10 +102,10 @@ def sample_answers(shop: Shop, run_dir: Path) -> dict[str, Answers]:
     sampling = Sampling(
         temperature=1.0, max_new_tokens=MAX_NEW_TOKENS, eos_id=tokenizer.eos_token_id, group=len(prompts)
     )
-    reference = AutoModelForCausalLM.from_pretrained(run_dir / MODELS["SFT"])
+    reference = AutoModelForCausalLM.from_pretrained(models["sft"])
     answers = {}
-    for name, folder in MODELS.items():
-        model = AutoModelForCausalLM.from_pretrained(run_dir / folder)
+    for name, key in MODELS.items():
+        model = AutoModelForCausalLM.from_pretrained(models[key])
         responses = generate(model, prompts, seeds, sampling)
         texts = [tokenizer.decode(r.ids, skip_special_tokens=True).strip() for r in responses]
         answers[name] = Answers(texts, _kl(reference, prompts, responses))
@@ -117,9 +117,9 @@ def _kl(reference: Any, prompts: list[list[int]], responses: list[Response]) -> 
     return [sum(r.logprobs) - float(ref.sum()) for r, ref in zip(responses, logprobs, strict=True)]
 
 
-def audit_numbers(shop: Shop, run_dir: Path) -> dict[str, Any]:
+def audit_numbers(shop: Shop, models: Mapping[str, Path]) -> dict[str, Any]:
     """{"base" | "SFT" | "PPO": {measure: Estimate}, "answers": {model: Answers}}; PPO also has "preferred"."""
-    answers = sample_answers(shop, run_dir)
+    answers = sample_answers(shop, models)
     numbers: dict[str, Any] = {name: measure(shop, shop.audit, said) for name, said in answers.items()}
     value = {name: utilities(shop, shop.audit, said.texts) for name, said in answers.items()}
     numbers["PPO"]["preferred"] = preferred(value["PPO"], value["SFT"])
@@ -134,9 +134,9 @@ def _cell(measure_name: str, estimate: Estimate | None) -> str:
     return f"{estimate.value:.2f}  [{estimate.low:.2f}, {estimate.high:.2f}]"
 
 
-def audit_table(shop: Shop, run_dir: Path) -> str:
+def audit_table(shop: Shop, models: Mapping[str, Path]) -> str:
     """The closing table as text, and one prompt as SFT and PPO answer it."""
-    numbers = audit_numbers(shop, run_dir)
+    numbers = audit_numbers(shop, models)
     title = f"Audit by true preferences: {len(shop.audit)} unseen prompts, one response each, 95 % intervals"
     table = Table(title=title, title_justify="left")
     table.add_column("")
