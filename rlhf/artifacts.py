@@ -24,6 +24,11 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
+def lenient(value: Any) -> str:
+    """Canonical JSON of rows that a user's data may put anything into: dates as text, NaN as null."""
+    return canonical(json.loads(json.dumps(value, default=str), parse_constant=lambda _: None))
+
+
 def sha256_text(text: str) -> str:
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 

@@ -234,6 +234,10 @@ class PpoConfig:
                     "eval_every", "checkpoint_every", "keep_checkpoints", "eval_prompts"):  # fmt: skip
             require(getattr(self, name) > 0, f"{key}.{name}", f"must be positive, not {getattr(self, name)}")
         require(self.temperature > 0, f"{key}.temperature", f"must be positive, not {self.temperature}")
+        for name in ("learning_rate", "critic_learning_rate", "max_grad_norm", "clip"):
+            require(getattr(self, name) >= 0, f"{key}.{name}", f"must not be negative, not {getattr(self, name)}")
+        for name in ("gamma", "lam", "warmup"):
+            require(0 <= getattr(self, name) <= 1, f"{key}.{name}", f"must lie in [0, 1], not {getattr(self, name)}")
         if self.batch % self.minibatch:
             fits = [m for m in range(1, self.batch + 1) if self.batch % m == 0]
             near = min(fits, key=lambda m: abs(m - self.minibatch))
@@ -292,6 +296,7 @@ class GateConfig:
     ppo: dict[str, CheckConfig] = field(default_factory=dict)
 
     def check(self, key: str) -> None:
+        require(self.temperature > 0, f"{key}.temperature", f"must be positive, not {self.temperature}")
         require(0 < self.alpha < 0.5, f"{key}.alpha", f"must lie between 0 and .5, not {self.alpha}")
         require(self.prompts > 0 and self.k > 0, f"{key}.prompts", "gate.prompts and gate.k must be positive")
         for stage in ("sft", "rm", "ppo"):
@@ -331,6 +336,7 @@ class SampleConfig:
 
     def check(self, key: str) -> None:
         require(self.k >= 1, f"{key}.k", f"must be at least 1, not {self.k}")
+        require(self.temperature >= 0, f"{key}.temperature", f"must not be negative, not {self.temperature}")
 
 
 @dataclass

@@ -75,7 +75,7 @@ class Inputs:
             demonstrations=self.demonstrations if self.has("demonstrations") else None,
             rankings=self.rankings if stage == "rm" else None,
             prompts=self.prompts if stage == "ppo" else None,
-            gate_prompts=self.gate_prompts if self.has("prompts") else [],
+            gate_prompts=self.gate_prompts if self.has("prompts") or self.has("gate_prompts") else [],
             reference_text=self.reference_text,
         )
 

@@ -6,12 +6,13 @@ hash of its content and stands in the ledger, so an edited verdict is found out.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.artifacts import canonical, read_json, sha256_text, write_json, write_text
-from rlhf.config import Config
+from rlhf.artifacts import canonical, folder_digest, lenient, read_json, sha256_text, write_json, write_text
+from rlhf.config import STAGES, Config
 from rlhf.console import say, show
 from rlhf.errors import GateError, LineageError
 from rlhf.gates import GateRequest, judge, message, policy_digest, verdict_table
@@ -44,19 +45,31 @@ def judge_stage(run: RunDir, stage: str, manifest: dict[str, Any], *, announce: 
     folder = run.dir / stage
     digest, policy = manifest["digest"], policy_digest(run.cfg.gate, stage)
     stored = _read_verdict(run, folder, stage)
-    if stored and stored["artifact"]["digest"] == digest and stored["policy_digest"] == policy:
+    request = _request(run, stage, manifest)
+    measured_on = _evidence_digest(request)
+    same_policy = stored is not None and stored["policy_digest"] == policy
+    if stored and stored["artifact"]["digest"] == digest and same_policy and stored["measured_on"] == measured_on:
         if announce:
             say(f"{stage}: gate: {stored['decision']}, replayed from {stored['finished']}: same artifact, same policy")
         return Judgement(stage, stored["decision"], stored, folder / VERDICT)
-    if stored and stored["policy_digest"] != policy:
-        say(f"{stage}: gate: the policy changed since the last verdict: judging again")
-    verdict = judge(_request(run, stage, manifest))
-    record = {**verdict.to_json(), "environment": describe_environment(), "prev_ledger_hash": run.ledger.head}
+    if stored:
+        changed = "evidence" if same_policy else "policy"
+        say(f"{stage}: gate: the {changed} changed since the last verdict: judging again")
+    verdict = judge(request)
+    record = {
+        **verdict.to_json(),
+        "measured_on": measured_on,
+        "environment": describe_environment(),
+        "prev_ledger_hash": run.ledger.head,
+    }
     record["verdict_id"] = sha256_text(canonical(record))
-    write_text(folder / "gate_samples.jsonl", "".join(canonical(row) + "\n" for row in verdict.samples))
-    write_json(folder / VERDICT, record)
+    write_text(folder / "gate_samples.jsonl", "".join(lenient(row) + "\n" for row in verdict.samples))
+    (folder / VERDICT).unlink(
+        missing_ok=True
+    )  # the ledger first: a kill between the two leaves no verdict, not a false one
     run.ledger.append("verdict", stage=stage, verdict_id=record["verdict_id"], decision=record["decision"],
                       artifact=digest, policy=policy)  # fmt: skip
+    write_json(folder / VERDICT, record)
     if record["checks"]:  # none if the gate stopped before any: then its reason is the error's message
         show(verdict_table(record))
     return Judgement(stage, record["decision"], record, folder / VERDICT)
@@ -107,14 +120,30 @@ def _read_verdict(run: RunDir, folder: Path, stage: str) -> dict[str, Any] | Non
     return record
 
 
+def _evidence_digest(request: GateRequest) -> str:
+    """Hash of what a verdict is measured on: rows, seed, length limit, parents. Other evidence is another verdict."""
+    rows: list[Any] = [*request.prompts, *request.rankings, *request.demonstrations]
+    plain = [without_place(dataclasses.asdict(row)) for row in rows]
+    parents = {name: folder_digest(Path(path)) for name, path in sorted(request.parents.items()) if Path(path).is_dir()}
+    return sha256_text(lenient([plain, request.reference_text, request.seed, request.max_new_tokens, parents]))
+
+
+def without_place(value: Any) -> Any:
+    """A row as plain values, without the file and line that it came from."""
+    if isinstance(value, dict):
+        return {key: without_place(item) for key, item in value.items() if key != "where"}
+    return value
+
+
 def _request(run: RunDir, stage: str, manifest: dict[str, Any]) -> GateRequest:
     cfg: Config = run.cfg
+    run.use_rankings()
     inputs = run.inputs(stage)
     data = inputs.for_stage(stage)
     heldout = data.rankings.heldout if data.rankings else []
     parents = {"base": Path(run.base())}
-    for name in ("sft", "rm"):
-        if name != stage and read_manifest(run.folder(name)) is not None:
+    for name in STAGES[: STAGES.index(stage)]:
+        if read_manifest(run.folder(name)) is not None:
             parents[name] = run.model(name)
     return GateRequest(
         stage=stage, model=model_folder(run.dir / stage, manifest), digest=manifest["digest"], parents=parents,

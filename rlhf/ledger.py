@@ -25,13 +25,14 @@ class Ledger:
         self.path = path
         self.records: list[dict[str, Any]] = []
         self.head = GENESIS
+        self._whole = 0  # bytes of whole records
         if path.exists():
             self._read()
 
     def _read(self) -> None:
         lines = self.path.read_text(encoding="utf-8").split("\n")
-        if lines[-1]:  # a kill in the middle of a write: that record was never finished, so it never happened
-            self.path.write_text("\n".join(lines[:-1]) + ("\n" if len(lines) > 1 else ""), encoding="utf-8")
+        # A kill in the middle of a write: that record was never finished, so it never happened.
+        self._whole = len("".join(f"{line}\n" for line in lines[:-1]).encode())
         for number, line in enumerate(lines[:-1], 1):
             try:
                 record = json.loads(line)
@@ -51,10 +52,13 @@ class Ledger:
         """Write one record to disk before returning."""
         body = {"event": event, "time": datetime.now(UTC).isoformat(timespec="seconds"), "prev": self.head, **fields}
         record = {**body, "hash": sha256_text(canonical(body))}
+        line = json.dumps(record, sort_keys=True) + "\n"
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record, sort_keys=True) + "\n")
+            stream.truncate(self._whole)
+            stream.write(line)
             stream.flush()
             os.fsync(stream.fileno())
+        self._whole += len(line.encode())
         self.head = record["hash"]
         self.records.append(record)
 

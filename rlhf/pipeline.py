@@ -6,7 +6,6 @@ whose inputs changed refused. No stage starts before every parent is intact and 
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import shutil
 from collections.abc import Callable
@@ -20,9 +19,10 @@ from rlhf.artifacts import (
     latest_checkpoint,
     read_json,
     seal,
+    sha256_file,
     write_json,
 )
-from rlhf.config import STAGES, GateMode, stage_config
+from rlhf.config import STAGES, Config, GateMode, stage_config
 from rlhf.console import say
 from rlhf.context import Context
 from rlhf.errors import ConfigError, LineageError, TrainingError
@@ -30,6 +30,7 @@ from rlhf.inputs import SOURCES
 from rlhf.judging import Judgement, check_verdict, judge_stage
 from rlhf.manifest import (
     MANIFEST,
+    SCHEMA,
     STARTED,
     check_intact,
     describe_environment,
@@ -39,6 +40,7 @@ from rlhf.manifest import (
     read_manifest,
     stage_inputs,
 )
+from rlhf.rewards import check_reward
 from rlhf.rundir import RunDir, local_model, mend
 from rlhf.sampling import sample_rankings
 from rlhf.signals import stop_asked
@@ -49,6 +51,10 @@ PARENTS = {"sft": (), "rm": ("sft",), "ppo": ("sft", "rm")}
 
 class Run(RunDir):
     """What can be done in a run directory: make the world, rank samples, bring a stage to a judged artifact."""
+
+    def __init__(self, cfg: Config, *, read_only: bool = False) -> None:
+        super().__init__(cfg, read_only=read_only)
+        self.failed: list[Judgement] = []  # verdicts other than PASS that this command met
 
     # ---- the world: base model, data files, simulated annotators
 
@@ -78,30 +84,38 @@ class Run(RunDir):
         folder = self.folder("rankings")
         parent = read_manifest(self.folder("sft"))
         assert parent is not None
-        wanted = {"sft": parent["digest"], "sample": dataclasses.asdict(self.cfg.sample), "seed": self.cfg.seed}
+        sample = self.cfg.sample
+        prompts = self.inputs("ppo").fingerprint("ppo")
+        wanted = {
+            "sft": parent["digest"], "k": sample.k, "prompts": sample.prompts, "temperature": sample.temperature,
+            "max_new_tokens": self.cfg.ppo.max_new_tokens, "seed": self.cfg.seed, "data": prompts,
+            "holdout": self.cfg.data.holdout,
+        }  # fmt: skip
         manifest = read_manifest(folder)
+        if manifest is not None and manifest["digest"] != sha256_file(folder / "rankings.jsonl"):
+            raise LineageError(f"{folder}: the rankings were altered; delete the folder and run again to sample anew")
         if manifest is None or manifest["inputs"] != wanted:
             folder = self.dir / "rankings"
+            if (self.dir / "rm" / MANIFEST).exists() or (self.dir / "rm" / STARTED).exists():
+                changed = differences(manifest["inputs"] if manifest else None, wanted)
+                self._set_aside_or_refuse("rm", [f"rankings {line}" for line in changed])
             with atomic_folder(folder) as part:
                 sample_rankings(self.cfg, self.model("sft"), self.inputs("rm"), self.device, part / "samples.jsonl")
                 self.world.rank(part / "samples.jsonl", part / "rankings.jsonl")
-                seal(part)
-                write_json(part / MANIFEST, {"schema": "rlhf-manifest/1", "stage": "rankings", "inputs": wanted,
-                                             "parents": {"sft": parent["digest"]}, "finished": now()})  # fmt: skip
+                write_json(part / MANIFEST, {
+                    "schema": SCHEMA, "stage": "rankings", "inputs": wanted, "parents": {"sft": parent["digest"]},
+                    "digest": sha256_file(part / "rankings.jsonl"), "finished": now(),
+                })  # fmt: skip
             self.ledger.append("finished", stage="rankings", sft=parent["digest"])
         self.use_rankings()
-
-    def use_rankings(self) -> None:
-        """Point data.rankings at the annotators' rankings, once they are there."""
-        path = self.folder("rankings") / "rankings.jsonl"
-        if self.world is not None and not self.own_rankings and path.exists():
-            self.cfg.data.rankings.path = str(path)
 
     # ---- one stage
 
     def validate(self, stages: tuple[str, ...]) -> None:
         """Read every file that the stages will need, before any weight is loaded."""
         trained = [s for s in stages if not stage_config(self.cfg, s).artifact]
+        if "ppo" in trained:
+            check_reward(self.cfg.reward, self.dir / "rm" / "model")
         if self.world and not self.own_rankings and "rm" in trained:
             trained.remove("rm")  # its rankings are yet to be sampled
         for (
@@ -119,7 +133,13 @@ class Run(RunDir):
         manifest = self.import_artifact(stage) if imported else self._finish_stage(stage)
         judgement = judge_stage(self, stage, manifest)
         self.stamp(stage, judgement)
+        self.note(judgement)
         return judgement
+
+    def note(self, judgement: Judgement) -> None:
+        """Remember a verdict that did not pass, of a stage or of a parent: the command ends with its code."""
+        if not judgement.passed and all(j.stage != judgement.stage for j in self.failed):
+            self.failed.append(judgement)
 
     def require(self, stage: str) -> Judgement:
         """A parent must be intact, of this lineage and judged; its verdict must pass unless gates only observe."""
@@ -137,6 +157,9 @@ class Run(RunDir):
                     f"{stage}: was trained from another {name} than {self.folder(name)} holds; {mend(self.cfg, stage)}"
                 )
         judgement = check_verdict(self, stage, manifest)
+        self.note(judgement)
+        if folder == self.dir / stage:
+            self.stamp(stage, judgement)
         if not judgement.passed and self.cfg.gate.mode is GateMode.enforce:
             raise LineageError(
                 f"{stage}: its gate says {judgement.decision}, so nothing may be built on it. "
@@ -152,6 +175,7 @@ class Run(RunDir):
     def _judge_imported(self, stage: str) -> Judgement:
         judgement = judge_stage(self, stage, self.import_artifact(stage))
         self.stamp(stage, judgement)
+        self.note(judgement)
         if not judgement.passed and self.cfg.gate.mode is GateMode.enforce:
             raise judgement.error()
         return judgement
@@ -202,7 +226,7 @@ class Run(RunDir):
         parents = {name: self._digest_of(name) for name in PARENTS[stage]}
         if stage == "sft":
             base = Path(self.base())
-            parents["base"] = folder_digest(local_model(str(base), "model.path"))
+            parents["base"] = folder_digest(local_model(str(base), "model.path", self.cfg.model.revision))
         return stage_inputs(self.cfg, stage, recipe, self.inputs(stage).fingerprint(stage), parents)
 
     def _digest_of(self, stage: str) -> str:
@@ -265,7 +289,7 @@ class Run(RunDir):
 
     def _parent_models(self, stage: str) -> dict[str, Path]:
         if stage == "sft":
-            return {"base": local_model(str(self.base()), "model.path")}
+            return {"base": local_model(str(self.base()), "model.path", self.cfg.model.revision)}
         return {name: self.model(name) for name in PARENTS[stage]}
 
     def _parent_extra(self, stage: str) -> dict[str, dict[str, Any]]:

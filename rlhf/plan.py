@@ -11,9 +11,9 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.artifacts import latest_checkpoint, read_json
-from rlhf.config import Config, Dtype, stage_config
-from rlhf.errors import RLHFError
-from rlhf.manifest import STARTED, differences, read_manifest
+from rlhf.config import Config, Dtype, GateMode, stage_config
+from rlhf.errors import ConfigError, LineageError, RLHFError
+from rlhf.manifest import STARTED, VERDICT, differences, read_manifest
 from rlhf.pipeline import PARENTS, Run
 
 MIB = 1024**2
@@ -37,11 +37,33 @@ def _graph(run: Run, stages: tuple[str, ...]) -> Table:
     else:
         run.build_world()
     for stage in stages:
-        action, why = _action(run, stage, dirty)
+        action, why = _parents_allow(run, stage, stages) or _action(run, stage, dirty)
         if action != "skipped":
             dirty.add(stage)
         table.add_row(stage, ", ".join(PARENTS[stage]) or "base", action, why)
     return table
+
+
+def _parents_allow(run: Run, stage: str, stages: tuple[str, ...]) -> tuple[str, str] | None:
+    """A refusal if do=run would refuse for the sake of a parent that it would not make itself."""
+    for parent in PARENTS[stage]:
+        folder = run.folder(parent)
+        if parent in stages or stage_config(run.cfg, parent).artifact:
+            continue
+        try:
+            manifest = read_manifest(folder)
+            if manifest is None:
+                raise LineageError(f"{parent} is not made yet: add stage={parent}")
+            run.check_intact(parent, manifest)
+            verdict = folder / VERDICT
+            if not verdict.exists():
+                raise LineageError(f"{parent} has no verdict: do=gate stage={parent}")
+            decision = read_json(verdict)["decision"]
+            if decision != "PASS" and run.cfg.gate.mode is GateMode.enforce:
+                raise LineageError(f"the {parent} gate says {decision}")
+        except LineageError as error:
+            return "refused", str(error)
+    return None
 
 
 def _action(run: Run, stage: str, dirty: set[str]) -> tuple[str, str]:
@@ -63,6 +85,10 @@ def _action(run: Run, stage: str, dirty: set[str]) -> tuple[str, str]:
     except RLHFError as error:
         return "refused", str(error).split("\n")[0]
     if manifest is not None:
+        try:
+            run.check_intact(stage, manifest)
+        except LineageError as error:
+            return "refused", str(error)
         changed = differences(manifest["inputs"], inputs)
         return ("refused", "; ".join(changed[:3])) if changed else ("skipped", f"finished {manifest['finished']}")
     if differences(read_json(folder / STARTED)["inputs"], inputs):
@@ -90,6 +116,20 @@ def _batches(cfg: Config) -> Table:
     return table
 
 
+def _parameters(run: Run) -> int:
+    """The number of weights by the model's configuration alone."""
+    model, trust = run.cfg.model, run.cfg.model.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(run.base(), revision=model.revision, trust_remote_code=trust)
+        with torch.device("meta"):
+            made = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.path: {run.base()} has no readable config.json: {str(error).splitlines()[0]}"
+        ) from error
+    return sum(p.numel() for p in made.parameters())
+
+
 def _memory(run: Run) -> Table:
     """Bytes of weights, gradients and Adam's two moments by role; activations come on top."""
     table = Table(title="memory on one rank, without activations", title_justify="left")
@@ -99,9 +139,7 @@ def _memory(run: Run) -> Table:
     if run.world is not None and not Path(base).is_dir():
         table.add_row("built by the world on the first run", *[""] * 5)
         return table
-    config = AutoConfig.from_pretrained(base, trust_remote_code=run.cfg.model.trust_remote_code)
-    with torch.device("meta"):
-        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    count = _parameters(run)
     size = 4 if run.cfg.model.dtype is Dtype.float32 else 2
     weights = count * size / MIB
     roles = [("sft model", True), ("rm model", True), ("ppo policy", True), ("ppo critic", True),

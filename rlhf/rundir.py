@@ -24,6 +24,8 @@ class RunDir:
         self.cfg = cfg
         self.dir = Path(cfg.run.dir)
         self._lock: TextIO | None = None
+        if cfg.run.parents and not (Path(cfg.run.parents) / "ledger.jsonl").is_file():
+            raise ConfigError(f"run.parents: {cfg.run.parents} is not a run directory (it holds no ledger.jsonl)")
         if not read_only:
             self._make_directory()
         self.ledger = Ledger(self.dir / "ledger.jsonl")
@@ -79,6 +81,12 @@ class RunDir:
             raise LineageError(f"{stage}: no finished artifact in {self.folder(stage)}; {mend(self.cfg, stage)}")
         return model_folder(self.folder(stage), manifest)
 
+    def use_rankings(self) -> None:
+        """Point data.rankings at the annotators' rankings, once they are there."""
+        path = self.folder("rankings") / "rankings.jsonl"
+        if self.world is not None and not self.own_rankings and path.exists():
+            self.cfg.data.rankings.path = str(path)
+
     def inputs(self, stage: str) -> Inputs:
         """The data as the model that this stage starts from tokenizes it."""
         start: Path | str = self.base()
@@ -93,7 +101,7 @@ class RunDir:
         return self._inputs[key]
 
 
-def local_model(path: str, key: str) -> Path:
+def local_model(path: str, key: str, revision: str | None = None) -> Path:
     """A local folder for a path or hub id; a ConfigError that names `key` if there is none."""
     if Path(path).is_dir():
         return Path(path).resolve()
@@ -102,7 +110,14 @@ def local_model(path: str, key: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, local_files_only=bool(os.environ.get("HF_HUB_OFFLINE"))))
+        return Path(
+            snapshot_download(
+                path,
+                revision=revision,
+                local_files_only=bool(os.environ.get("HF_HUB_OFFLINE")),
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"],
+            )
+        )
     except Exception as error:  # the hub's client raises many kinds: not found, gated, offline, timeout
         first = str(error).split("\n")[0]
         raise ConfigError(f"{key}: {path} is neither a folder nor a hub model that can be had: {first}") from error

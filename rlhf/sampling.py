@@ -34,6 +34,7 @@ def sample_rankings(cfg: Config, model: Path, inputs: Inputs, device: torch.devi
         json.dumps(
             {**p.tags, "prompt": p.messages, "responses": responses[j * settings.k : (j + 1) * settings.k], "id": p.id},
             ensure_ascii=False,
+            default=str,
         )
         for j, p in enumerate(prompts)
     ]

@@ -40,7 +40,7 @@ class JsonlFile:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a metrics or samples file; an unfinished last line is left out."""
     text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 class JsonlTracker:

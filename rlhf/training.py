@@ -69,6 +69,14 @@ def make_plan(optim: OptimConfig, rows: int, seed: int) -> Plan:
     return Plan(optim=optim, seed=seed, rows=rows, updates_per_epoch=per_epoch, updates=updates, eval_at=eval_at)
 
 
+def one_device(arguments: TrainingArguments) -> TrainingArguments:
+    """The same arguments for one device: with several GPUs in sight the Trainer would wrap the model in DataParallel,
+    and an update would be of as many times more rows."""
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
+
+
 def trainer_options(plan: Plan, context: Context, model: ModelConfig) -> dict[str, Any]:
     """Keyword arguments of TrainingArguments (and of TRL's SFTConfig, which is one).
 

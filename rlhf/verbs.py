@@ -16,7 +16,7 @@ from rlhf.config import STAGES, Config, Do, GateMode, Stage
 from rlhf.console import say, show
 from rlhf.doctor import examine
 from rlhf.errors import ConfigError, LineageError, RLHFError, TrainingError
-from rlhf.judging import Judgement, judge_stage
+from rlhf.judging import judge_stage
 from rlhf.launch import to_plain
 from rlhf.manifest import model_folder, read_manifest
 from rlhf.pipeline import Run
@@ -24,6 +24,7 @@ from rlhf.plan import plan_tables
 from rlhf.sampling import sample_rankings
 
 AUDIT = "audit.json"
+DISK_FULL = ("No space left on device", "os error 28", "PytorchStreamWriter failed writing")
 
 
 def dispatch(cfg: Config) -> int:
@@ -33,10 +34,13 @@ def dispatch(cfg: Config) -> int:
     verbs = {Do.run: run, Do.plan: plan, Do.gate: gate, Do.sample: sample, Do.doctor: doctor}
     try:
         return verbs[cfg.do](cfg)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except RLHFError:
+        raise
+    except Exception as error:  # safetensors and torch wrap the system's error in kinds of their own
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if full or any(text in str(error) for text in DISK_FULL):
             raise TrainingError(
-                f"the disk is full ({error.filename or cfg.run.dir}): nothing that was saved before is lost. "
+                f"the disk is full ({cfg.run.dir}): nothing that was saved before is lost. "
                 "Free some space and run the same command again"
             ) from error
         raise
@@ -66,14 +70,12 @@ def _run(work: Run, stages: tuple[str, ...]) -> int:
     cfg = work.cfg
     work.build_world()
     work.validate(stages)
-    write_text(work.dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_plain(cfg))))
-    failed: list[Judgement] = []
     for stage in stages:
         judgement = work.run_stage(stage)
-        if not judgement.passed:
-            failed.append(judgement)
-            if cfg.gate.mode is GateMode.enforce:
-                break
+        write_text(work.dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_plain(cfg))))  # not if refused
+        if not judgement.passed and cfg.gate.mode is GateMode.enforce:
+            break
+    failed = work.failed
     if work.world is not None and not (failed and cfg.gate.mode is GateMode.enforce):
         audit(work)
     show(summary(work))
@@ -141,8 +143,6 @@ def gate(cfg: Config) -> int:
 def _gate(work: Run, stage: str) -> int:
     cfg = work.cfg
     work.build_world()
-    if stage == "rm":
-        work.use_rankings()
     if getattr(cfg, stage).artifact:
         manifest = work.import_artifact(stage)
     else:

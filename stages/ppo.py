@@ -157,5 +157,7 @@ def open_reward(cfg: Config, context: Context) -> BuiltReward:
 def run(cfg: Config, context: Context) -> StageResult:
     """Train, or go on training; leaves `model/`, checkpoints and metrics in the stage's folder."""
     loop = Loop(cfg, context)
-    with torch.autocast(context.device.type, torch.bfloat16, enabled=cfg.model.dtype is Dtype.bfloat16):
+    mixed = cfg.model.dtype is Dtype.bfloat16
+    # Without the cache: it would hold the bf16 copies of the first weights for the whole run.
+    with torch.autocast(context.device.type, torch.bfloat16, enabled=mixed, cache_enabled=False):
         return loop.run()

@@ -43,7 +43,7 @@ from rlhf.models import (
 from rlhf.ranking_loss import Pairs, center_penalty, comparable_pairs, make_pairs, pair_loss
 from rlhf.render import Renderer
 from rlhf.statistics import clopper_pearson_lower, clopper_pearson_upper
-from rlhf.training import Loop, Supervised, find_resume, fit, make_plan, trainer_options
+from rlhf.training import Loop, Supervised, find_resume, fit, make_plan, one_device, trainer_options
 from rlhf.types import Ranking, StageResult
 
 if TYPE_CHECKING:
@@ -185,7 +185,8 @@ def render(rankings: Sequence[Ranking], renderer: Renderer, tie_weight: float) -
 def make_trainer(cfg: Config, model: Any, rows: list[Row], loop: Loop) -> Any:
     micro_tokens = FORWARD_TOKENS.get(loop.context.device.type, 2048)
     trainer = Trainer(
-        model=model, args=TrainingArguments(**trainer_options(loop.plan, loop.context, cfg.model)), train_dataset=rows,
+        model=model, train_dataset=rows,
+        args=one_device(TrainingArguments(**trainer_options(loop.plan, loop.context, cfg.model))),
         data_collator=lambda part: {"batch": collate(part, cfg.rm.tie_weight, micro_tokens)},
     )  # fmt: skip
     trainer.loop = loop

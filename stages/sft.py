@@ -26,7 +26,7 @@ from rlhf.config import Config
 from rlhf.errors import DataError
 from rlhf.lora import add_lora, is_lora, merge_lora, save_adapter
 from rlhf.models import DTYPES, check_vocabulary, load_policy, micro_batches, pad_right, save_model, training_config
-from rlhf.training import Loop, Supervised, find_resume, fit, make_plan, trainer_options
+from rlhf.training import Loop, Supervised, find_resume, fit, make_plan, one_device, trainer_options
 from rlhf.types import Demonstration, StageResult
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def make_trainer(cfg: Config, model: Any, rows: list[Row], loop: Loop) -> Any:
         **options, packing=packing, max_length=cfg.data.max_length if packing else None, pad_to_multiple_of=None
     )
     tokenizer = copy.deepcopy(loop.context.renderer.tokenizer)  # TRL sets its pad token
-    trainer = Trainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    trainer = Trainer(model=model, args=one_device(arguments), train_dataset=data, processing_class=tokenizer)
     trainer.loop = loop
     if packing:  # rows of the trainer are now packs
         packs = trainer.train_dataset["input_ids"]

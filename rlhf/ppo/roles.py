@@ -89,7 +89,8 @@ def remove_dropout(model: nn.Module) -> None:
 def _critic_body(cfg: Config, context: Context, policy: Any) -> Any:
     if cfg.ppo.critic_init is CriticInit.reward and "rm" in context.parents:
         path = context.parents["rm"]
-        if load_tokenizer(path, cfg.model).get_vocab() != context.renderer.tokenizer.get_vocab():
+        theirs = load_tokenizer(path, cfg.model).get_vocab()  # may hold one token more: a pad that is not the end
+        if any(theirs.get(token) != i for token, i in context.renderer.tokenizer.get_vocab().items()):
             raise ConfigError(
                 f"ppo.critic_init=reward: the reward model in {path} has another vocabulary than the policy, "
                 "so it cannot read the policy's tokens: use ppo.critic_init=policy"

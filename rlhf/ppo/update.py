@@ -100,7 +100,7 @@ class Learner:
                 ("policy", self.roles.policy, self.policy_optimizer),
                 ("critic", self.roles.critic, self.critic_optimizer),
             ):
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.cfg.max_grad_norm)
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.cfg.max_grad_norm or math.inf)  # 0: none
                 bad = "" if torch.isfinite(norm) else _first_bad_gradient(model)
                 require_finite(not bad, f"{role} gradient {bad}", update, [e.name for e in minibatch])
                 here[f"{role}/grad_norm"] = float(norm)

@@ -56,7 +56,7 @@ def case_of(shop: Shop, prompt: Any, where: str) -> Case:
 def rank_file(shop: Shop, samples: Path, out: Path) -> None:
     """Read `{"prompt", "responses", ...}` lines, write them again with `ranks`, `annotator` and `subset`."""
     lines = []
-    for number, line in enumerate(samples.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(samples.read_text(encoding="utf-8").split("\n")[:-1], start=1):
         where = f"{samples}:{number}"
         try:
             row = json.loads(line)

@@ -166,7 +166,7 @@ def gold_pair_accuracy(shop: Shop, rankings: Path, prompts: set[str] | None = No
     """Share of the untied pairs in a rankings file that gold itself orders as the annotator did, ties of gold counting
     half: the ceiling for any reward model. `prompts`: only those with these ids."""
     scores = []
-    for number, line in enumerate(rankings.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(rankings.read_text(encoding="utf-8").split("\n")[:-1], start=1):
         row = json.loads(line)
         case = case_of(shop, row["prompt"], f"{rankings}:{number}")
         if prompts is not None and case.id not in prompts:
