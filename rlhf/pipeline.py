@@ -96,9 +96,10 @@ class Run(RunDir):
             raise LineageError(f"{folder}: the rankings were altered; delete the folder and run again to sample anew")
         if manifest is None or manifest["inputs"] != wanted:
             folder = self.dir / "rankings"
-            if (self.dir / "rm" / MANIFEST).exists() or (self.dir / "rm" / STARTED).exists():
-                changed = differences(manifest["inputs"] if manifest else None, wanted)
-                self._set_aside_or_refuse("rm", [f"rankings {line}" for line in changed])
+            begun = any((self.dir / "rm" / name).exists() for name in (MANIFEST, STARTED))
+            if begun and manifest is not None:  # before they are replaced: the reward model was made from them
+                changed = differences(manifest["inputs"], wanted)
+                self._set_aside_or_refuse("rm", [f"rankings: {line}" for line in changed])
             with atomic_folder(folder) as part:
                 sample_rankings(self.cfg, self.model("sft"), self.inputs("rm"), self.device, part / "samples.jsonl")
                 self.world.rank(part / "samples.jsonl", part / "rankings.jsonl")
