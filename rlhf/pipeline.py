@@ -258,6 +258,7 @@ class Run(RunDir):
         self.ledger.append("resumed" if resumed else "started", stage=stage, fingerprint=manifest["fingerprint"])
         data = self.inputs(stage).for_stage(stage)
         write_json(folder / "data_report.json", self._data_report(stage))
+        say(f"{stage}: {getattr(self.inputs(stage), SOURCES[stage]).report.summary()}")
         names = {"group": self.cfg.run.name, "stage": stage, "folder": str(folder)}
         tracker = open_tracker(self.cfg.tracker, folder, names, inputs)
         try:
