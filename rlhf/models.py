@@ -139,6 +139,25 @@ def check_vocabulary(model: Any, tokenizer: Any, path: str | Path) -> None:
         )
 
 
+def check_positions(path: str | Path, model: ModelConfig, max_length: int) -> None:
+    """ConfigError if rows of `max_length` tokens would not fit the positions that the model was made for."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            str(path), revision=model.revision, trust_remote_code=model.trust_remote_code
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.path: {path} has no readable config.json: {first}") from error
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise ConfigError(
+            f"data.max_length={max_length} exceeds the {positions} positions of {path}: "
+            f"data.max_length={positions} fits"
+        )
+
+
 def enable_activation_checkpointing(model: Any) -> None:
     """Recompute activations in the backward pass; the method's name depends on the transformers version."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -25,7 +25,7 @@ from rlhf.artifacts import (
 from rlhf.config import STAGES, Config, GateMode, stage_config
 from rlhf.console import say
 from rlhf.context import Context
-from rlhf.errors import ConfigError, LineageError, TrainingError
+from rlhf.errors import ConfigError, LineageError, Preempted, TrainingError
 from rlhf.inputs import SOURCES
 from rlhf.judging import Judgement, check_verdict, judge_stage
 from rlhf.manifest import (
@@ -40,10 +40,11 @@ from rlhf.manifest import (
     read_manifest,
     stage_inputs,
 )
+from rlhf.models import check_positions
 from rlhf.rewards import check_reward
 from rlhf.rundir import RunDir, local_model, mend
 from rlhf.sampling import sample_rankings
-from rlhf.signals import stop_asked
+from rlhf.signals import checkpointing, stop_asked
 from rlhf.tracking import open_tracker
 
 PARENTS = {"sft": (), "rm": ("sft",), "ppo": ("sft", "rm")}
@@ -115,6 +116,8 @@ class Run(RunDir):
     def validate(self, stages: tuple[str, ...]) -> None:
         """Read every file that the stages will need, before any weight is loaded."""
         trained = [s for s in stages if not stage_config(self.cfg, s).artifact]
+        if trained:
+            check_positions(self.base(), self.cfg.model, self.cfg.data.max_length)
         if "ppo" in trained:
             check_reward(self.cfg.reward, self.dir / "rm" / "model")
         if self.world and not self.own_rankings and "rm" in trained:
@@ -130,6 +133,8 @@ class Run(RunDir):
         """Bring one stage to a finished, judged artifact, doing only what is left to do."""
         for parent in PARENTS[stage]:
             self.require(parent)
+        if stop_asked():  # after the last update of the stage before: it had nothing left to checkpoint
+            raise Preempted(f"{stage}: stopped before it began: run the same command again to go on")
         imported = stage_config(self.cfg, stage).artifact is not None
         manifest = self.import_artifact(stage) if imported else self._finish_stage(stage)
         judgement = judge_stage(self, stage, manifest)
@@ -262,11 +267,12 @@ class Run(RunDir):
         names = {"group": self.cfg.run.name, "stage": stage, "folder": str(folder)}
         tracker = open_tracker(self.cfg.tracker, folder, names, inputs)
         try:
-            result = train(self.cfg, Context(
-                stage=stage, folder=folder, parents=self._parent_models(stage), parent_extra=self._parent_extra(stage),
-                data=data, renderer=self.inputs(stage).renderer, device=self.device, tracker=tracker,
-                stopping=stop_asked,
-            ))  # fmt: skip
+            with checkpointing():
+                result = train(self.cfg, Context(
+                    stage=stage, folder=folder, data=data, renderer=self.inputs(stage).renderer, device=self.device,
+                    parents=self._parent_models(stage), parent_extra=self._parent_extra(stage), tracker=tracker,
+                    stopping=stop_asked,
+                ))  # fmt: skip
         finally:
             tracker.finish()
         if result.updates < result.planned_updates and result.stop_reason == "finished":

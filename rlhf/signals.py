@@ -1,20 +1,41 @@
-"""SIGTERM and Ctrl-C ask the work to stop: it checkpoints at the next update and ends with 75."""
+"""SIGTERM and Ctrl-C: a stage that trains checkpoints at its next update and ends with 75; anything else stops at once.
+
+Everything is written whole or not at all, so that stopping at once loses nothing that was finished.
+"""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rlhf.errors import Preempted
 
 _asked = False
+_training = False
 
 
 def _ask(_signal: int, _frame: object) -> None:
     global _asked
+    if _asked or not _training:
+        raise Preempted("stopped by a signal: run the same command again to go on")
     _asked = True
 
 
 def install_stop_handler() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _ask)
+
+
+@contextmanager
+def checkpointing() -> Iterator[None]:
+    """Inside, the first signal only asks; the work looks at `stop_asked` and checkpoints. A second does not wait."""
+    global _training
+    _training = True
+    try:
+        yield
+    finally:
+        _training = False
 
 
 def stop_asked() -> bool:

@@ -18,7 +18,17 @@ import pytest
 
 from rlhf import judging, pipeline, verbs
 from rlhf.artifacts import atomic_folder, read_json, seal
-from rlhf.config import CheckConfig, Config, GateConfig, GateMode, ModelConfig, Stage, TrackerConfig, TrackerMode
+from rlhf.config import (
+    CheckConfig,
+    Config,
+    GateConfig,
+    GateMode,
+    ModelConfig,
+    SourceConfig,
+    Stage,
+    TrackerConfig,
+    TrackerMode,
+)
 from rlhf.errors import ConfigError, DataError, GateError, Invalid, LineageError, TrainingError
 from rlhf.gates.verdict import Finding, Verdict
 from rlhf.ledger import Ledger
@@ -358,3 +368,49 @@ def test_a_full_disk_while_saving_loses_nothing_saved_before(lab: Lab, monkeypat
     assert not list(lab.path("rm").glob("*model*"))
     monkeypatch.setattr(sys.modules["stages.rm"], "run", lab.train("rm"))
     assert lab.run(stage=Stage.rm) == 0
+
+
+def test_rows_longer_than_the_models_positions_are_a_config_error(lab: Lab) -> None:
+    with pytest.raises(ConfigError, match=r"data.max_length=300 exceeds the 256 positions.*data.max_length=256 fits"):
+        lab.run(data__max_length=300)
+    assert lab.trained == []
+
+
+def test_a_reward_that_does_not_exist_is_found_before_the_first_stage_trains(lab: Lab) -> None:
+    with pytest.raises(ConfigError, match=r"reward\._target_: reward_models\.nothing"):
+        lab.run(reward={"_target_": "reward_models.nothing.Reward"})
+    assert lab.trained == []
+
+
+def test_observe_ends_with_a_failing_parents_code_though_the_stage_itself_passes(lab: Lab) -> None:
+    lab.decisions["rm"] = "FAIL"
+    with pytest.raises(GateError):
+        lab.run()
+    with pytest.raises(GateError, match="rm gate: FAIL"):
+        lab.run(stage=Stage.ppo, gate__mode=GateMode.observe)
+    assert read_json(lab.path("ppo") / "manifest.json")["status"] == "UNPROMOTED"
+
+
+def test_more_evidence_is_judged_anew(lab: Lab) -> None:
+    lab.decisions["sft"] = "INCONCLUSIVE"
+    with pytest.raises(GateError):
+        lab.run(stage=Stage.sft)
+    rows = [{"prompt": f"my toaster {i} hums"} for i in range(30)]
+    (lab.folder / "gate.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lab.decisions["sft"] = "PASS"
+    assert lab.run(stage=Stage.sft, data__gate_prompts=SourceConfig(path=str(lab.folder / "gate.jsonl"))) == 0
+    assert lab.judged == ["sft", "sft"]
+    assert lab.trained == ["sft"]
+
+
+def test_a_refused_command_leaves_the_runs_config_as_it_was(lab: Lab) -> None:
+    lab.run()
+    before = lab.path("config.yaml").read_text()
+    with pytest.raises(ConfigError):
+        lab.run(seed=7)
+    assert lab.path("config.yaml").read_text() == before
+
+
+def test_parents_that_are_no_run_directory(lab: Lab) -> None:
+    with pytest.raises(ConfigError, match=r"run\.parents: .*typo is not a run directory"):
+        lab.run(run__parents=str(lab.folder / "typo"), stage=Stage.ppo)
