@@ -9,16 +9,19 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rlhf.errors import Preempted
-
 _asked = False
 _training = False
+
+
+class StoppedAtOnce(BaseException):
+    """A stop signal where nothing can be checkpointed. No `Exception`: a scorer or a reward that is being called, whose
+    faults are caught and named, must not be blamed for it."""
 
 
 def _ask(_signal: int, _frame: object) -> None:
     global _asked
     if _asked or not _training:
-        raise Preempted("stopped by a signal: run the same command again to go on")
+        raise StoppedAtOnce
     _asked = True
 
 

@@ -9,8 +9,9 @@ import signal
 import sys
 from pathlib import Path
 
-from rlhf.errors import RLHFError
+from rlhf.errors import Preempted, RLHFError
 from rlhf.launch import PARENT_VARIABLE, from_plain
+from rlhf.signals import StoppedAtOnce, install_stop_handler
 
 
 def die_with_launcher() -> None:
@@ -25,17 +26,18 @@ def die_with_launcher() -> None:
 def main() -> int:
     die_with_launcher()
     sys.path.append(os.getcwd())  # a user's own reward module, without letting the folder shadow this package
-    from rlhf.signals import install_stop_handler
-
     install_stop_handler()
     try:
         cfg = from_plain(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
         from rlhf.verbs import dispatch
 
         return dispatch(cfg)
-    except RLHFError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
+    except StoppedAtOnce:
+        error: RLHFError = Preempted("stopped by a signal: run the same command again to go on")
+    except RLHFError as raised:
+        error = raised
+    sys.stderr.write(f"error: {error}\n")
+    return error.exit_code
 
 
 if __name__ == "__main__":
