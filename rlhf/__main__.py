@@ -13,7 +13,9 @@ from rlhf.errors import RLHFError
 
 def main() -> None:
     """The console script `rlhf`."""
-    sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank")))]
+    given = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
+    # Hydra's parser takes -m only in front of the overrides; the sort is stable and moves nothing else.
+    sys.argv = [sys.argv[0], *sorted(given, key=lambda a: a not in ("-m", "--multirun"))]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own short form and exits 1
     sys.exit(_compose_and_run())
 

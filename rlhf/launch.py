@@ -30,7 +30,7 @@ def resolve_run_dir(cfg: Config) -> None:
     hydra_cfg = HydraConfig.get()
     if hydra_cfg.mode is RunMode.MULTIRUN:
         cfg.run.dir = str(Path(hydra_cfg.runtime.output_dir).resolve())
-        cfg.run.name = Path(cfg.run.dir).name
+        cfg.run.name = f"{cfg.run.name}/{Path(cfg.run.dir).name}"  # as run.name, it finds this job's folder again
     else:
         cfg.run.dir = str(Path(cfg.run.dir or Path(cfg.run.root) / cfg.run.name).resolve())
 

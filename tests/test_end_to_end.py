@@ -143,3 +143,22 @@ def test_the_readmes_reward_in_the_start_directory_is_what_ppo_is_paid_by(done: 
     # Eight tokens are never more than twenty words: every response earns its one point.
     rewards = [row["eval/reward"] for row in lines(folder / "ppo" / "metrics.jsonl") if "eval/reward" in row]
     assert rewards and set(rewards) == {1.0}
+
+
+def test_do_gate_replays_the_verdict_of_a_stored_model(done: Done) -> None:
+    verdict = read_json(done.run / "ppo" / "verdict.json")
+    judged = rlhf(*done.arguments, "do=gate", "stage=ppo", cwd=done.folder)
+    assert judged.returncode == {"PASS": 0, **CODES}[verdict["decision"]], judged.stderr
+    assert "replayed" in words(judged.stdout)
+    assert read_json(done.run / "ppo" / "verdict.json") == verdict
+
+
+def test_a_sweep_gives_each_job_a_directory_and_ends_with_the_first_failing_code(done: Done) -> None:
+    sweep = ("-m", "stage=ppo", "run.name=sweep", f"run.parents={done.run}", "ppo.kl.coef=0.1,-1")
+    swept = rlhf(*done.arguments, *sweep, cwd=done.folder)
+    folder = done.folder / "runs" / "sweep"
+    first = read_json(folder / "0" / "ppo" / "manifest.json")
+    assert first["inputs"]["config"]["kl"]["coef"] == 0.1
+    assert not (folder / "1" / "ppo").exists(), "the second job's configuration is refused"
+    assert "ppo.kl.coef: must not be negative" in swept.stderr
+    assert swept.returncode in CODES.values()
