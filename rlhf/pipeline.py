@@ -122,9 +122,8 @@ class Run(RunDir):
             check_reward(self.cfg.reward, self.dir / "rm" / "model")
         if self.world and not self.own_rankings and "rm" in trained:
             trained.remove("rm")  # its rankings are yet to be sampled
-        for (
-            stage
-        ) in trained:  # what they train on first: prompts may be taken from the rankings, and a fault be named there
+        # What they train on first: prompts may be taken from the rankings, whose faults are better named as rankings'.
+        for stage in trained:
             getattr(self.inputs(stage), SOURCES[stage])
         for stage in trained:
             self.inputs(stage).for_stage(stage)
