@@ -23,6 +23,7 @@ class StageData:
     prompts: Loaded[Prompt] | None = None
     gate_prompts: list[Prompt] = field(default_factory=list)
     reference_text: list[str] = field(default_factory=list)
+    pretraining: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -18,7 +18,7 @@ from rlhf.data import (
     load_gate_prompts,
     load_prompts,
     load_rankings,
-    load_reference_text,
+    load_texts,
 )
 from rlhf.render import Renderer, load_tokenizer
 from rlhf.types import Demonstration, Prompt, Ranking
@@ -31,7 +31,7 @@ class Inputs:
     """The rows of one run as one model's tokenizer sees them. Each part is read when first asked for."""
 
     def __init__(self, cfg: Config, tokenizer_path: Path | str) -> None:
-        self.data, self.seed = cfg.data, cfg.seed
+        self.data, self.seed, self.ptx = cfg.data, cfg.seed, cfg.ppo.ptx.coef > 0
         self.renderer = Renderer(load_tokenizer(tokenizer_path, cfg.model))
 
     def has(self, source: str) -> bool:
@@ -62,7 +62,12 @@ class Inputs:
 
     @cached_property
     def reference_text(self) -> list[str]:
-        return load_reference_text(self.data, self.seed) if self.has("reference_text") else []
+        return load_texts(self.data, "reference_text", self.seed)[0] if self.has("reference_text") else []
+
+    @cached_property
+    def pretraining(self) -> tuple[list[str], list[str]]:
+        """Texts for ptx and the digests of their files, where ptx is on and has text of its own."""
+        return load_texts(self.data, "pretraining", self.seed) if self.has("pretraining") and self.ptx else ([], [])
 
     def _fit(self, loaded: Loaded[Row], *, response_too: bool) -> Loaded[Row]:
         fit_lengths(loaded, self.renderer, self.data, response_too=response_too)
@@ -77,16 +82,24 @@ class Inputs:
             prompts=self.prompts if stage == "ppo" else None,
             gate_prompts=self.gate_prompts if self.has("prompts") or self.has("gate_prompts") else [],
             reference_text=self.reference_text,
+            pretraining=self.pretraining[0] if stage == "ppo" else [],
         )
 
     def fingerprint(self, stage: str) -> dict[str, Any]:
         """Digests of the rows that a stage trains on, and how they were chosen."""
-        source = SOURCES[stage]
+        found = self.source_fingerprint(SOURCES[stage])
+        # Rewards are normalised on the demonstrations, and ptx reads them if it has no text of its own.
+        if (stage == "rm" or (stage == "ppo" and self.ptx)) and self.has("demonstrations"):
+            found["files"] += sorted(self.demonstrations.report.digests.values())
+        if stage == "ppo":
+            found["files"] += self.pretraining[1]
+        return found
+
+    def source_fingerprint(self, source: str) -> dict[str, Any]:
+        """Digests of the rows of one source, and how they were chosen."""
         loaded = getattr(self, source)
         chosen = dataclasses.asdict(getattr(self.data, self._origin(source)))
         files = sorted(loaded.report.digests.values())
-        if stage == "rm" and self.has("demonstrations"):  # rewards are normalised on them
-            files += sorted(self.demonstrations.report.digests.values())
         return {
             "files": files, "template": self.renderer.digest,
             "format": chosen["format"], "split": chosen["split"], "limit": chosen["limit"],

@@ -12,10 +12,19 @@ import torch
 from torch import Tensor
 
 
-def clipped_policy_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """-min(ratio * A, clip(ratio, 1 - clip, 1 + clip) * A) for each token, with ratio = exp(logp - old_logp)."""
+def clipped_policy_loss(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float, dual_clip: float | None = None
+) -> Tensor:
+    """-min(ratio * A, clip(ratio, 1 - clip, 1 + clip) * A) for each token, with ratio = exp(logp - old_logp).
+
+    With `dual_clip` the loss of a negative advantage is at most dual_clip * |A| (Ye et al. 1912.09729): a ratio that
+    has run away gives no gradient.
+    """
     ratio = (logp - old_logp).exp()
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    if dual_clip is not None:
+        gain = torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)
+    return -gain
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:

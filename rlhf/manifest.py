@@ -46,7 +46,16 @@ def stage_inputs(cfg: Config, stage: str, recipe: int, data: dict[str, Any], par
     }  # fmt: skip
     if stage == "ppo":
         inputs["reward"] = plain["reward"]
+        inputs["rewards"] = reward_digests([plain["reward"], plain["ppo"]["holdout"]])
     return inputs
+
+
+def reward_digests(node: Any) -> dict[str, str]:
+    """The digests of the model folders that a reward node names, at any depth: a path alone says nothing."""
+    if isinstance(node, str):
+        return {node: folder_digest(Path(node))} if Path(node).is_dir() else {}
+    inner = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return {path: digest for item in inner for path, digest in reward_digests(item).items()}
 
 
 def fingerprint(inputs: dict[str, Any]) -> str:

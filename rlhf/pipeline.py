@@ -86,7 +86,7 @@ class Run(RunDir):
         parent = read_manifest(self.folder("sft"))
         assert parent is not None
         sample = self.cfg.sample
-        prompts = self.inputs("ppo").fingerprint("ppo")
+        prompts = self.inputs("ppo").source_fingerprint("prompts")
         wanted = {
             "sft": parent["digest"], "k": sample.k, "prompts": sample.prompts, "temperature": sample.temperature,
             "max_new_tokens": self.cfg.ppo.max_new_tokens, "seed": self.cfg.seed, "data": prompts,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.artifacts import read_json
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.plugins import check_arguments, find
 from rlhf.types import Reward
@@ -25,29 +26,31 @@ class BuiltReward:
     std: float | None
 
 
-def check_reward(node: Any, model: Path | None = None) -> dict[str, Any]:
+def check_reward(node: Any, model: Path | None = None, key: str = "reward") -> dict[str, Any]:
     """The arguments that the `reward` node's class is made with, checked against its signature; nothing is loaded.
 
     `model`, the run's reward model, goes to a class that takes `artifact` where the node leaves that open. ConfigError
     names the key.
     """
-    target = find(node, "reward")
-    arguments = {str(key): value for key, value in node.items() if key != "_target_"}
+    target = find(node, key)
+    arguments = {str(name): value for name, value in node.items() if name != "_target_"}
     if model is not None and "artifact" in inspect.signature(target).parameters:
         arguments.setdefault("artifact", str(model))
-    check_arguments(target, arguments, "reward")
+    check_arguments(target, arguments, key)
     if inspect.isclass(target) and not callable(getattr(target, "score", None)):
-        raise ConfigError(f"reward._target_: {target.__name__} has no method score(prompts, responses, rows)")
+        raise ConfigError(f"{key}._target_: {target.__name__} has no method score(prompts, responses, rows)")
     return arguments
 
 
-def build_reward(node: Any, model: Path | None = None, extra: Mapping[str, Any] | None = None) -> BuiltReward:
+def build_reward(
+    node: Any, model: Path | None = None, extra: Mapping[str, Any] | None = None, key: str = "reward"
+) -> BuiltReward:  # fmt: skip
     """Build the configured reward. `model` is the run's reward model and `extra` what its manifest stores about it."""
-    arguments = check_reward(node, model)
-    reward = find(node, "reward")(**arguments)
+    arguments = check_reward(node, model, key)
+    reward = find(node, key)(**arguments)
     if not callable(getattr(reward, "score", None)):
         raise ConfigError(
-            f"reward._target_: {node['_target_']} gave a {type(reward).__name__} without score(prompts, responses, "
+            f"{key}._target_: {node['_target_']} gave a {type(reward).__name__} without score(prompts, responses, "
             "rows); a plain function goes through reward._target_=reward_models.function.FunctionReward"
         )
     own = model is not None and arguments.get("artifact") == str(model)
@@ -59,6 +62,19 @@ def build_reward(node: Any, model: Path | None = None, extra: Mapping[str, Any] 
     if not std > 0:
         raise ConfigError(f"the stored reward_std is {std}: train the reward model again or ppo.normalize_reward=false")
     return BuiltReward(reward=reward, mean=float(mean), std=float(std))
+
+
+def build_holdout(spec: Any) -> BuiltReward | None:
+    """The reward of ppo.holdout: a node like `reward`, or the folder of a reward model, whose mean and std stand in the
+    manifest beside it."""
+    if spec is None:
+        return None
+    if not isinstance(spec, str):
+        return build_reward(spec, key="ppo.holdout")
+    manifest = Path(spec).parent / "manifest.json"
+    extra = read_json(manifest).get("extra", {}) if manifest.exists() else {}
+    node = {"_target_": "reward_models.trained.TrainedReward", "artifact": spec}
+    return build_reward(node, Path(spec), extra, key="ppo.holdout")
 
 
 def checked_scores(

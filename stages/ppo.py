@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from rlhf.advantages import adapted_coef
 from rlhf.artifacts import atomic_folder
 from rlhf.config import Config, Dtype
 from rlhf.console import progress as progress_bar
@@ -26,12 +27,17 @@ from rlhf.ppo import checkpoint, watch
 from rlhf.ppo.checks import check_first_rollout
 from rlhf.ppo.episodes import Episode, compare, draw, estimate, rollout, score
 from rlhf.ppo.evaluate import Evaluator
+from rlhf.ppo.ptx import ptx_documents
 from rlhf.ppo.roles import load_roles
 from rlhf.ppo.update import Learner
-from rlhf.rewards import BuiltReward, build_reward
+from rlhf.rewards import BuiltReward, build_holdout, build_reward
 from rlhf.types import StageResult
 
 RECIPE = 1
+STOPPED = {
+    "kl_budget": "KL passed ppo.kl.budget",
+    "over_optimisation": "the reward rose while the holdout reward fell",
+}
 
 
 class Loop:
@@ -45,12 +51,17 @@ class Loop:
         self.prompts = prompts.train
         # 1. The reward is checked and built first: it is the part that the user may have written.
         self.built = open_reward(cfg, context)
+        holdout = build_holdout(cfg.ppo.holdout)
+        documents = ptx_documents(context.data, context.renderer, cfg.data.max_length) if cfg.ppo.ptx.coef else []
         # 2. Policy, frozen reference and critic, each optimiser with a rate of its own; then the state to go on from.
         self.roles = load_roles(cfg, context)
-        self.learner = Learner(self.roles, cfg.ppo, cfg.seed)
-        self.evaluator = Evaluator(prompts.heldout, context.renderer, self.built, cfg.ppo, cfg.seed)
+        self.learner = Learner(self.roles, cfg.ppo, cfg.seed, documents)
+        self.evaluator = Evaluator(prompts.heldout, context.renderer, self.built, cfg.ppo, cfg.seed, holdout)
         self.checkpoints = context.folder / "checkpoints"
         self.progress = checkpoint.resume(self.checkpoints, self.learner)
+        if not self.progress.step:
+            self.progress.kl_coef = cfg.ppo.kl.coef
+            self.progress.average = checkpoint.weights_of(self.roles.policy) if cfg.ppo.ema else None
 
     def run(self) -> StageResult:
         state, planned = self.progress, self.ppo.updates
@@ -60,7 +71,7 @@ class Loop:
             self._log(self._evaluated(0), 0)
         with progress_bar(planned, "ppo") as bar:
             bar.advance(state.step)
-            while state.step < planned and not watch.must_stop(state, self.ppo.kl):
+            while not self._ends():
                 metrics = self._update(state.step + 1)
                 bar.advance(1, reward=metrics["reward/mean"], kl=metrics["kl/mean"], length=metrics["rollout/length"])
                 self._keep()
@@ -69,36 +80,47 @@ class Loop:
     def _update(self, update: int) -> dict[str, float]:
         clock = Clock()
         # 3. Sample from the policy, score the text, compare with the reference and the critic.
-        drawn = draw(self.prompts, self.cfg.seed, update, self.ppo.batch)
-        episodes = rollout(self.roles, self.context.renderer, self.ppo, drawn)
+        cfg, state = self.ppo, self.progress
+        drawn = draw(self.prompts, self.cfg.seed, update, cfg.batch, cfg.group)
+        episodes = rollout(self.roles, self.context.renderer, cfg, drawn)
         clock.lap("time/generate")
-        score(episodes, self.built, self.context.renderer, self.ppo)
+        score(episodes, self.built, self.context.renderer, cfg)
         clock.lap("time/score")
-        compare(episodes, self.roles, self.ppo, update)
+        compare(episodes, self.roles, cfg, update)
         clock.lap("time/compare")
-        # 4. r_t = [t = T] score - coef * (log p - log p_ref); advantages by GAE, whitened over the batch.
-        estimate(episodes, self.ppo)
+        # 4. r_t = [t = T] score - coef * (log p - log p_ref); advantages by GAE, or against the group.
+        estimate(episodes, cfg, state.kl_coef)
         if update == 1:
-            check_first_rollout(self.roles.policy, episodes, self.learner.minibatches(episodes, update), self.ppo)
+            check_first_rollout(self.roles.policy, episodes, self.learner.minibatches(episodes, update), cfg)
         # 5. Clipped policy and value losses over epochs of minibatches.
+        self.learner.kl_coef = state.kl_coef
         metrics = watch.rollout_metrics(episodes) | self.learner.learn(episodes, update)
+        metrics["kl/coef"] = state.kl_coef
+        if state.average is not None and cfg.ema:
+            checkpoint.follow(state.average, self.roles.policy, cfg.ema)
         clock.lap("time/train")
         # 6. Watch: held-out prompts every so often, the KL budget always.
-        self.progress.step = update
-        watch.note_kl(self.progress, metrics["kl/mean"], self.ppo.kl)
-        if update % self.ppo.eval_every == 0 or self._ends():
+        state.step = update
+        watch.note_kl(state, metrics["kl/mean"], cfg.kl)
+        if cfg.kl.target is not None:
+            state.kl_coef = adapted_coef(state.kl_coef, metrics["kl/mean"], cfg.kl.target, cfg.batch, cfg.kl.horizon)
+        if update % cfg.eval_every == 0 or self._ends():
             metrics |= self._evaluated(update)
             clock.lap("time/evaluate")
         return self._log(metrics | clock.laps, update, episodes)
 
     def _ends(self) -> bool:
-        return self.progress.step == self.ppo.updates or watch.must_stop(self.progress, self.ppo.kl)
+        return self.progress.step == self.ppo.updates or watch.must_stop(self.progress, self.ppo) is not None
 
     def _evaluated(self, update: int) -> dict[str, float]:
-        metrics, rows = self.evaluator.run(self.roles)
-        self.context.tracker.samples(rows, update)
-        watch.note_evaluation(self.progress, metrics, update, self.roles, self.ppo.kl)
-        return metrics
+        state = self.progress
+        with checkpoint.averaged(self.roles.policy, state.average):
+            found = self.evaluator.run(self.roles, state.start)
+            watch.note_evaluation(state, found, update, self.roles.policy, self.ppo)
+        self.context.tracker.samples(found.rows, update)
+        if state.alarms:
+            say(f"ppo: update {update}: the reward rises while the holdout reward falls (over-optimisation)")
+        return found.metrics
 
     def _log(self, metrics: dict[str, float], update: int, episodes: list[Episode] | None = None) -> dict[str, float]:
         self.context.tracker.log(watch.all_finite(metrics, update, episodes or []), update)
@@ -114,23 +136,28 @@ class Loop:
             raise Preempted(f"ppo: stopped after update {self.progress.step}, checkpoint written; run the same again")
 
     def _finish(self) -> StageResult:
-        # 7. Over the budget at the end: the best evaluation under it is what counts.
-        state, budget = self.progress, self.ppo.kl.budget
-        reason = "finished"
+        # 7. Stopped, or over the budget at the end: the best evaluation under the budget is what counts.
+        state, budget, policy = self.progress, self.ppo.kl.budget, self.roles.policy
+        reason = watch.must_stop(state, self.ppo)
+        if reason is None and budget is not None and state.metrics["eval/kl"] > budget:
+            reason = "kl_budget"
         extra: dict[str, Any] = {}
-        if budget is not None and (watch.must_stop(state, self.ppo.kl) or state.metrics["eval/kl"] > budget):
+        if reason is not None:
             if state.best is None:
                 raise TrainingError(f"ppo: KL passed ppo.kl.budget={budget} and no evaluation was under it")
-            checkpoint.put_weights(self.roles.policy, state.best, "best evaluation")
-            reason, extra = "kl_budget", {"best_step": state.best_step, "best_reward": state.best_reward}
-            say(f"ppo: KL passed the budget of {budget} nats: the policy of update {state.best_step} is kept")
+            checkpoint.put_weights(policy, state.best, "best evaluation")
+            extra = {"best_step": state.best_step, "best_reward": state.best_reward}
+            say(f"ppo: {STOPPED[reason]}: the policy of update {state.best_step} is kept")
         elif state.step != self.ppo.updates:
             raise TrainingError(f"ppo: ended after {state.step} of {self.ppo.updates} updates without a reason")
+        elif state.average is not None:
+            checkpoint.put_weights(policy, state.average, "average")
         with atomic_folder(self.context.folder / "model") as part:
-            save_model(self.roles.policy, self.context.renderer.tokenizer, part)
+            save_model(policy, self.context.renderer.tokenizer, part)
         return StageResult(
-            metrics=state.metrics, stop_reason=reason, updates=state.step, planned_updates=self.ppo.updates, extra=extra
-        )
+            metrics=state.metrics, stop_reason=reason or "finished", updates=state.step,
+            planned_updates=self.ppo.updates, extra=extra,
+        )  # fmt: skip
 
 
 class Clock:

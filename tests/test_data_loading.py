@@ -21,7 +21,7 @@ from rlhf.data import (
     load_gate_prompts,
     load_prompts,
     load_rankings,
-    load_reference_text,
+    load_texts,
 )
 from rlhf.errors import ConfigError, DataError
 
@@ -184,7 +184,7 @@ def test_folder_root_and_text_files(tmp_path: Path) -> None:
         root=str(tmp_path), prompts=SourceConfig(path="."), reference_text=SourceConfig(path="LICENSE.txt")
     )
     assert load_prompts(data, 0).report.total("rows") == 30
-    assert load_reference_text(data, 0) == ["words"]
+    assert load_texts(data, "reference_text", 0)[0] == ["words"]
     at_root = DataConfig(root=str(tmp_path), prompts=SourceConfig(path=str(tmp_path)))
     assert load_prompts(at_root, 0).report.total("rows") == 30
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ppo_tiny import config, context, metrics
+from ppo_tiny import config, context, metrics, ppo_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -193,12 +193,12 @@ def test_a_reward_that_draws_random_numbers_resumes_too(
 
 
 def test_the_patience_counts_updates_in_a_row() -> None:
-    progress, kl = Progress(), KlConfig(budget=1.0, patience=2)
+    progress, cfg = Progress(), ppo_config(kl=KlConfig(budget=1.0, patience=2))
     stops = []
     for mean in (2.0, 0.5, 2.0, 1.0, 2.0, 2.0):
-        note_kl(progress, mean, kl)
-        stops.append(must_stop(progress, kl))
-    assert stops == [False, False, False, False, False, True]
+        note_kl(progress, mean, cfg.kl)
+        stops.append(must_stop(progress, cfg))
+    assert stops == [None] * 5 + ["kl_budget"]
 
 
 def test_state_is_readable_json(unbroken: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from ppo_tiny import ppo_config, prompts
 from test_rollout import make
 
+from rlhf.advantages import gae, rloo, shaped_rewards
 from rlhf.config import KlConfig, PpoConfig, Schedule
 from rlhf.errors import TrainingError
 from rlhf.ppo.checks import check_action_tokens, check_first_rollout, check_placement
@@ -45,7 +46,7 @@ def episodes_of(roles: Roles, cfg: PpoConfig) -> list[Episode]:
         for i, r in enumerate(sampled)
     ]  # fmt: skip
     compare(episodes, roles, cfg, 1)
-    estimate(episodes, cfg)
+    estimate(episodes, cfg, cfg.kl.coef)
     return episodes
 
 
@@ -111,16 +112,17 @@ def test_placement_is_checked() -> None:
         rewards[0] += score
         return rewards
 
-    def leaky(rewards: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.ones_like(rewards), rewards
+    def sound(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return gae(rewards, torch.zeros_like(rewards), mask, 1.0, 1.0)[0]
 
-    from rlhf.advantages import gae, shaped_rewards
-
-    check_placement(episodes, shaped_rewards, gae)
+    check_placement(episodes, shaped_rewards, sound)
+    check_placement(episodes[:4], shaped_rewards, lambda rewards, mask: rloo(rewards, mask, 2)[0])
     with pytest.raises(TrainingError, match="score on the last real token"):
-        check_placement(episodes, early, gae)
+        check_placement(episodes, early, sound)
     with pytest.raises(TrainingError, match="advantages on exactly the response tokens"):
-        check_placement(episodes, shaped_rewards, leaky)
+        check_placement(episodes, shaped_rewards, lambda rewards, mask: torch.ones_like(rewards))
+    with pytest.raises(TrainingError, match="advantages on exactly the response tokens"):
+        check_placement(episodes, shaped_rewards, lambda rewards, mask: rewards)
 
 
 def lone(score: Any, kl: Sequence[float], values: Sequence[float]) -> Episode:
@@ -137,13 +139,13 @@ def test_advantages_are_whitened_over_all_episodes_together() -> None:
     -3; mean 0, variance 3, so 1 / sqrt(3) and -sqrt(3)."""
     cfg = ppo_config(lam=1.0, kl=KlConfig(coef=0.0))
     episodes = [lone(1.0, [0, 0, 0], [0, 0, 0]), lone(-3.0, [0], [0])]
-    estimate(episodes, cfg)
+    estimate(episodes, cfg, cfg.kl.coef)
     assert episodes[0].advantages.tolist() == pytest.approx([3**-0.5] * 3)
     assert episodes[1].advantages.tolist() == pytest.approx([-(3**0.5)])
     assert episodes[0].returns.tolist() == [1, 1, 1]
     plain = ppo_config(lam=1.0, kl=KlConfig(coef=0.5), whiten_advantages=False)
     episodes = [lone(1.0, [2, 0], [0, 0.25])]
-    estimate(episodes, plain)
+    estimate(episodes, plain, plain.kl.coef)
     assert episodes[0].rewards.tolist() == [-1.0, 1.0]
     assert episodes[0].advantages.tolist() == [0.0, 0.75]
 
@@ -161,20 +163,29 @@ def test_what_a_response_is_paid() -> None:
 
 def test_each_pass_draws_every_prompt_once_and_no_seed_twice() -> None:
     rows = prompts(5)
-    drawn = [pair for update in (1, 2, 3, 4, 5) for pair in draw(rows, 0, update, 3)]
+    drawn = [pair for update in (1, 2, 3, 4, 5) for pair in draw(rows, 0, update, 3, 1)]
     for start in (0, 5, 10):
         assert sorted(p.id for p, _ in drawn[start : start + 5]) == sorted(p.id for p in rows)
     assert [p.id for p, _ in drawn[:5]] != [p.id for p, _ in drawn[5:10]]
     assert len({seed for _, seed in drawn}) == 15
-    assert draw(rows, 0, 2, 3) == drawn[3:6] != draw(rows, 1, 2, 3)
+    assert draw(rows, 0, 2, 3, 1) == drawn[3:6] != draw(rows, 1, 2, 3, 1)
+
+
+def test_the_responses_of_a_group_share_a_prompt_and_no_seed() -> None:
+    rows = prompts(5)
+    drawn = [pair for update in (1, 2, 3, 4, 5) for pair in draw(rows, 0, update, 6, 3)]
+    assert [p.id for p, _ in drawn[::3]] == [p.id for p, _ in drawn[1::3]] == [p.id for p, _ in drawn[2::3]]
+    assert sorted(p.id for p, _ in drawn[:15:3]) == sorted(p.id for p in rows)
+    assert len({seed for _, seed in drawn}) == 30
 
 
 def test_learning_rates_by_hand() -> None:
-    linear = ppo_config(updates=10, warmup=0.2)
-    assert [rate_factor(linear, u) for u in (1, 2, 3, 7, 10)] == pytest.approx([1 / 3, 2 / 3, 1, 0.5, 0.125])
-    cosine = ppo_config(updates=4, schedule=Schedule.cosine)
-    assert [rate_factor(cosine, u) for u in (1, 3)] == pytest.approx([1, 0.5])
-    assert rate_factor(ppo_config(updates=4, schedule=Schedule.constant), 4) == 1
+    linear, cosine, constant = Schedule.linear, Schedule.cosine, Schedule.constant
+    shares = [rate_factor(linear, 0.2, done, 10) for done in (0, 1, 2, 6, 9)]
+    assert shares == pytest.approx([1 / 3, 2 / 3, 1, 0.5, 0.125])
+    assert [rate_factor(cosine, 0, done, 4) for done in (0, 2)] == pytest.approx([1, 0.5])
+    assert rate_factor(constant, 0, 3, 4) == 1
+    assert rate_factor(constant, 0, -1, 4) == 0  # a policy that waits for its critic
 
 
 @pytest.mark.parametrize("role", ["policy", "critic"])

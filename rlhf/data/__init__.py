@@ -8,7 +8,7 @@ from rlhf.data.loading import (
     load_gate_prompts,
     load_prompts,
     load_rankings,
-    load_reference_text,
+    load_texts,
 )
 from rlhf.data.report import DataReport, FileReport, check_dirty
 
@@ -24,5 +24,5 @@ __all__ = [
     "load_gate_prompts",
     "load_prompts",
     "load_rankings",
-    "load_reference_text",
+    "load_texts",
 ]

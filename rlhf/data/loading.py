@@ -84,15 +84,17 @@ def load_gate_prompts(data: DataConfig, seed: int) -> list[Prompt]:
     return prompts
 
 
-def load_reference_text(data: DataConfig, seed: int) -> list[str]:
-    """Plain texts: the lines of a .txt, bare strings, or the field `text`."""
-    key, source = "data.reference_text", data.reference_text
-    texts = []
+def load_texts(data: DataConfig, name: str, seed: int) -> tuple[list[str], list[str]]:
+    """The plain texts of data.<name>, which are the lines of a .txt, bare strings or the field `text`, and the digests
+    of its files."""
+    key, source = f"data.{name}", getattr(data, name)
+    texts, digests = [], []
     for table in read_source(_need(source, key), key, data.root):
         rows, problems = _parse(table, lambda value: value if isinstance(value, str) else text_of(value, "text"))
         _raise(key, table.name, problems, {"text": "The boiler stands in the cellar."})
         texts += [text for _, text in rows]
-    return texts if source.limit is None else _draw(texts, source.limit, seed)
+        digests.append(table.digest)
+    return (texts if source.limit is None else _draw(texts, source.limit, seed)), sorted(digests)
 
 
 def _load(data: DataConfig, name: str, kind: Kind, seed: int, of: type[T]) -> Loaded[T]:

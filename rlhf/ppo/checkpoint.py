@@ -6,8 +6,11 @@ state. Weights are safetensors; optimiser and generator states are read with `we
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,18 +25,25 @@ from rlhf.errors import TrainingError
 from rlhf.ppo.update import Learner
 
 Weights = dict[str, Tensor]
+KEPT = ("best", "average")  # weights beside those that are trained
 
 
 @dataclass(kw_only=True, slots=True)
 class Progress:
-    """How far a run is. `best` are the weights of the best evaluation under the KL budget, kept if there is one."""
+    """How far a run is, and what it remembers. `best` are the weights of the best evaluation under the KL budget, kept
+    where the run may go back to them; `average` those of ppo.ema."""
 
     step: int = 0  # updates done
+    kl_coef: float = 0.0  # of the next update
     over_budget: int = 0  # updates in a row with a KL over the budget
+    alarms: int = 0  # evaluations in a row that show over-optimisation
     best_step: int | None = None
     best_reward: float = 0.0
+    start: list[float] | None = None  # what the start was judged by, a number for each evaluation prompt
+    peak: dict[str, list[float]] | None = None  # rewards and holdout where the holdout stood highest
     metrics: dict[str, float] = field(default_factory=dict)  # the last that were logged
     best: Weights | None = None
+    average: Weights | None = None
 
 
 def weights_of(model: torch.nn.Module) -> Weights:
@@ -53,19 +63,44 @@ def put_weights(model: torch.nn.Module, weights: Weights, what: str) -> None:
             p.copy_(weights[name])
 
 
+def follow(average: Weights, model: torch.nn.Module, decay: float) -> None:
+    """average = decay * average + (1 - decay) * the model's weights, in place."""
+    for name, p in model.named_parameters():
+        average[name].lerp_(p.detach().to("cpu"), 1 - decay)
+
+
+@contextmanager
+def averaged(model: torch.nn.Module, average: Weights | None) -> Iterator[None]:
+    """The model with the averaged weights inside, if there are any, and with its own again afterwards."""
+    if average is None:
+        yield
+        return
+    own = weights_of(model)
+    put_weights(model, average, "average")
+    try:
+        yield
+    finally:
+        put_weights(model, own, "policy")
+
+
 def save(folder: Path, learner: Learner, progress: Progress, keep: int) -> None:
     """Write `folder`/step-N aside, seal it, rename it, and drop all but the newest `keep`."""
     with atomic_folder(folder / f"step-{progress.step}") as part:
         save_file(weights_of(learner.roles.policy), part / "policy.safetensors")
-        save_file(weights_of(learner.roles.critic), part / "critic.safetensors")
-        if progress.best is not None:
-            save_file(progress.best, part / "best.safetensors")
         state = {
-            "policy": learner.policy_optimizer.state_dict(), "critic": learner.critic_optimizer.state_dict(),
+            "policy": learner.policy_optimizer.state_dict(),
             "torch": torch.get_rng_state(), "python": random.getstate(),
         }  # fmt: skip
+        if learner.roles.critic is not None and learner.critic_optimizer is not None:
+            save_file(weights_of(learner.roles.critic), part / "critic.safetensors")
+            state["critic"] = learner.critic_optimizer.state_dict()
+        for name in KEPT:
+            if (weights := getattr(progress, name)) is not None:
+                save_file(weights, part / f"{name}.safetensors")
         torch.save(state, part / "optimizers.pt")
-        numbers = {k: v for k, v in asdict(_without_best(progress)).items() if k != "best"}
+        numbers = asdict(dataclasses.replace(progress, best=None, average=None))
+        for name in KEPT:
+            del numbers[name]
         write_json(part / "state.json", {**numbers, "machine": machine()})
         seal(part)
     prune_checkpoints(folder, keep)
@@ -83,15 +118,16 @@ def resume(folder: Path, learner: Learner) -> Progress:
     for key, (was, now) in changed.items():
         say(f"{key} was {was} when {path.name} was written and is {now} now: the last bits may differ")
     put_weights(learner.roles.policy, load_file(path / "policy.safetensors"), f"{path.name}/policy")
-    put_weights(learner.roles.critic, load_file(path / "critic.safetensors"), f"{path.name}/critic")
     state: dict[str, Any] = torch.load(path / "optimizers.pt", weights_only=True)
     learner.policy_optimizer.load_state_dict(state["policy"])
-    learner.critic_optimizer.load_state_dict(state["critic"])
+    if learner.roles.critic is not None and learner.critic_optimizer is not None:
+        put_weights(learner.roles.critic, load_file(path / "critic.safetensors"), f"{path.name}/critic")
+        learner.critic_optimizer.load_state_dict(state["critic"])
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    best = load_file(path / "best.safetensors") if (path / "best.safetensors").exists() else None
-    return Progress(**numbers, best=best)
+    kept = {name: load_file(path / f"{name}.safetensors") for name in KEPT if (path / f"{name}.safetensors").exists()}
+    return Progress(**numbers, **kept)
 
 
 def machine() -> dict[str, Any]:
@@ -99,10 +135,3 @@ def machine() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device,
             "vector": torch.backends.cpu.get_cpu_capability()}  # fmt: skip
-
-
-def _without_best(progress: Progress) -> Progress:
-    return Progress(
-        step=progress.step, over_budget=progress.over_budget, best_step=progress.best_step,
-        best_reward=progress.best_reward, metrics=progress.metrics,
-    )  # fmt: skip

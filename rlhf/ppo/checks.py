@@ -6,20 +6,22 @@ training, a reference that is not the start of the policy, dropout, a score or a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf.advantages import gae, shaped_rewards, token_mask
+from rlhf.advantages import shaped_rewards, token_mask
 from rlhf.config import PpoConfig
 from rlhf.errors import TrainingError
-from rlhf.ppo.episodes import Episode
+from rlhf.ppo.episodes import Episode, estimated
 from rlhf.rollout import collate, evaluating, micro_batches, response_logits, token_logprobs
 
 FULL_PRECISION = 1e-4  # max |ratio - 1| in fp32; two orders above what padding and summation order do
 HALF_PRECISION = (1e-2, 0.1)  # mean and 99th percentile of |ratio - 1| in bf16
+DISTINCT = 32  # probe scores before they repeat; beyond a group's responses, and exact in float64
 
 
 def check_first_rollout(
@@ -32,7 +34,8 @@ def check_first_rollout(
     _near_one("KL(policy, reference) == 0", logp - torch.cat([e.reference for e in episodes]), exact)
     for minibatch in minibatches:
         _near_one("ratio == 1", _retold(policy, minibatch, cfg) - torch.cat([e.logp for e in minibatch]), exact)
-    check_placement(episodes, shaped_rewards, gae)
+    whole = dataclasses.replace(cfg, gamma=1.0, lam=1.0)
+    check_placement(episodes, shaped_rewards, lambda rewards, mask: estimated(rewards, mask * 0.0, mask, whole)[0])
 
 
 def _retold(policy: Any, minibatch: Sequence[Episode], cfg: PpoConfig) -> Tensor:
@@ -70,20 +73,24 @@ def check_action_tokens(ids_BT: Tensor, take_N: Tensor, chosen: Sequence[Episode
 
 
 def check_placement(
-    episodes: Sequence[Episode], shape: Callable[..., Tensor], estimate: Callable[..., tuple[Tensor, Tensor]]
+    episodes: Sequence[Episode], shape: Callable[..., Tensor], estimate: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
-    """With a score of 1 and nothing else, on responses of these lengths: the reward is 1 on the last real token and 0
-    elsewhere, and (at gamma = lambda = 1) the advantage is not 0 exactly on the response tokens."""
+    """With a score and nothing else, on responses of these lengths: the reward is the score on the last real token and
+    0 elsewhere, and (at gamma = lambda = 1) the advantage is not 0 exactly on the response tokens.
+
+    The scores are 1, 2, 4, ..., no two alike and none the mean of its neighbours, so that no baseline cancels one.
+    """
     lengths_B = torch.tensor([len(e.ids) for e in episodes])
     longest = int(lengths_B.max())
     rewards_BT = torch.zeros(len(episodes), longest, dtype=torch.float64)
+    scores_B = 2.0 ** (torch.arange(len(episodes)) % DISTINCT)
     for b, episode in enumerate(episodes):
-        rewards_BT[b, : len(episode.ids)] = shape(1.0, torch.zeros(len(episode.ids), dtype=torch.float64), 1.0)
-    wanted_BT = torch.arange(longest) == (lengths_B - 1).unsqueeze(1)
-    if not torch.equal(rewards_BT, wanted_BT.to(rewards_BT)):
+        no_kl_T = torch.zeros(len(episode.ids), dtype=torch.float64)
+        rewards_BT[b, : len(episode.ids)] = shape(float(scores_B[b]), no_kl_T, 1.0)
+    last_BT = torch.arange(longest) == (lengths_B - 1).unsqueeze(1)
+    if not torch.equal(rewards_BT, last_BT * scores_B.double().unsqueeze(1)):
         raise TrainingError("start-up check `score on the last real token` failed before any update")
     mask_BT = token_mask(lengths_B, longest)
-    advantages_BT, _ = estimate(rewards_BT, torch.zeros_like(rewards_BT), mask_BT, 1.0, 1.0)
     used = all(len(e.advantages) == len(e.ids) for e in episodes)
-    if not (used and torch.equal(advantages_BT != 0, mask_BT)):
+    if not (used and torch.equal(estimate(rewards_BT, mask_BT) != 0, mask_BT)):
         raise TrainingError("start-up check `advantages on exactly the response tokens` failed before any update")

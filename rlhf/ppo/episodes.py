@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlhf.advantages import gae, shaped_rewards, token_mask
-from rlhf.config import PpoConfig
+from rlhf.advantages import gae, group_norm, rloo, shaped_rewards, token_mask
+from rlhf.config import Estimator, KlPlace, PpoConfig
 from rlhf.losses import kl_k1, whiten
 from rlhf.ppo.finite import require_finite
 from rlhf.ppo.roles import Critic, Roles
@@ -59,18 +59,19 @@ class Episode:
         return kl_k1(self.logp, self.reference)
 
 
-def draw(prompts: Sequence[Prompt], seed: int, update: int, batch: int) -> list[tuple[Prompt, int]]:
-    """The prompts of an update (from 1) and the seed of each sample: a function of its arguments alone, so that the
-    place in the data needs no state. Each pass over the prompts is a permutation of its own."""
+def draw(prompts: Sequence[Prompt], seed: int, update: int, batch: int, group: int) -> list[tuple[Prompt, int]]:
+    """The prompts of an update (from 1), each `group` times in a row, and the seed of each sample: a function of its
+    arguments alone, so that the place in the data needs no state. Each pass over the prompts is a permutation."""
     drawn = []
     order: list[int] = []
     epoch = -1
-    for place in range((update - 1) * batch, update * batch):
+    for sample in range((update - 1) * batch, update * batch):
+        place = sample // group
         if place // len(prompts) != epoch:
             epoch = place // len(prompts)
             generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
             order = torch.randperm(len(prompts), generator=generator).tolist()
-        drawn.append((prompts[order[place % len(prompts)]], seed_of(seed, "rollout", update, place)))
+        drawn.append((prompts[order[place % len(prompts)]], seed_of(seed, "rollout", update, sample)))
     return drawn
 
 
@@ -115,12 +116,14 @@ def paid(raw: Score, built: BuiltReward, cfg: PpoConfig, *, finished: bool) -> S
 
 
 def compare(episodes: Sequence[Episode], roles: Roles, cfg: PpoConfig, update: int) -> None:
-    """Fill `reference` and `values`."""
+    """Fill `reference` and, if there is a critic, `values`."""
     prompts, responses = [e.prompt_ids for e in episodes], [e.ids for e in episodes]
     reference = sequence_logprobs(roles.reference, prompts, responses, cfg.temperature, cfg.micro_tokens)
-    values = read_values(roles.critic, episodes, cfg.micro_tokens)
-    for episode, logp, value in zip(episodes, reference, values, strict=True):
-        episode.reference, episode.values = logp, value
+    for episode, logp in zip(episodes, reference, strict=True):
+        episode.reference, episode.values = logp, torch.zeros_like(logp)
+    if roles.critic is not None:
+        for episode, values in zip(episodes, read_values(roles.critic, episodes, cfg.micro_tokens), strict=True):
+            episode.values = values
     for field_name in ("logp", "reference", "values"):
         bad = [e.name for e in episodes if not torch.isfinite(getattr(e, field_name)).all()]
         require_finite(not bad, f"rollout {field_name}", update, bad)
@@ -138,16 +141,28 @@ def read_values(critic: Critic, episodes: Sequence[Episode], micro_tokens: int) 
     return out
 
 
-def estimate(episodes: Sequence[Episode], cfg: PpoConfig) -> None:
+def estimate(episodes: Sequence[Episode], cfg: PpoConfig, kl_coef: float) -> None:
     """Fill `rewards`, `advantages` (whitened over all of them if so configured) and `returns`."""
+    paid_kl = kl_coef if cfg.kl.place is KlPlace.reward else 0.0
     for episode in episodes:
-        episode.rewards = shaped_rewards(episode.score, episode.kl, cfg.kl.coef)
+        episode.rewards = shaped_rewards(episode.score, episode.kl, paid_kl)
     rewards_BT = pad_sequence([e.rewards for e in episodes], batch_first=True)
     values_BT = pad_sequence([e.values for e in episodes], batch_first=True)
     mask_BT = token_mask(torch.tensor([len(e.ids) for e in episodes]), rewards_BT.shape[1])
-    advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, cfg.gamma, cfg.lam)
+    advantages_BT, returns_BT = estimated(rewards_BT, values_BT, mask_BT, cfg)
     if cfg.whiten_advantages:
         advantages_BT = torch.zeros_like(advantages_BT).masked_scatter(mask_BT, whiten(advantages_BT[mask_BT]))
     for b, episode in enumerate(episodes):
         episode.advantages = advantages_BT[b, : len(episode.ids)].clone()
         episode.returns = returns_BT[b, : len(episode.ids)].clone()
+
+
+def estimated(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, cfg: PpoConfig) -> tuple[Tensor, Tensor]:
+    """(advantages_BT, returns_BT) by the configured estimator."""
+    match cfg.estimator:
+        case Estimator.gae:
+            return gae(rewards_BT, values_BT, mask_BT, cfg.gamma, cfg.lam)
+        case Estimator.rloo:
+            return rloo(rewards_BT, mask_BT, cfg.group)
+        case Estimator.group_norm:
+            return group_norm(rewards_BT, mask_BT, cfg.group)

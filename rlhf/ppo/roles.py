@@ -51,25 +51,27 @@ class Critic(nn.Module):
 class Roles:
     policy: Any
     reference: Any
-    critic: Critic
+    critic: Critic | None  # None: the estimator needs none
 
 
 def load_roles(cfg: Config, context: Context) -> Roles:
-    """Policy and reference from the SFT parent; the critic from the reward model, or from the policy. All are fp32."""
+    """Policy and reference from the SFT parent; the critic, if the estimator has one, from the reward model or from the
+    policy. All are fp32."""
     policy = load_policy(context.parents["sft"], training_config(cfg.model), context.device)
-    body = _critic_body(cfg, context, policy)
+    body = _critic_body(cfg, context, policy) if cfg.ppo.has_critic else None
     return assemble(policy, body, activation_checkpointing=cfg.model.activation_checkpointing)
 
 
 def assemble(policy: Any, body: Any, *, activation_checkpointing: bool = False) -> Roles:
-    """Roles around a loaded policy and a critic body: dropout off everywhere, the reference frozen."""
-    roles = Roles(policy=policy, reference=copy.deepcopy(policy), critic=Critic(body))
-    for model in (roles.policy, roles.reference, roles.critic):
+    """Roles around a loaded policy and a critic body (None: no critic): dropout off, the reference frozen."""
+    critic = None if body is None else Critic(body)
+    roles = Roles(policy=policy, reference=copy.deepcopy(policy), critic=critic)
+    for model in filter(None, (roles.policy, roles.reference, critic)):
         model.eval()
     roles.reference.requires_grad_(False)
     if activation_checkpointing:
         # The library recomputes only in train mode, which therefore must hold no dropout.
-        for model in (roles.policy, roles.critic.body):
+        for model in filter(None, (roles.policy, body)):
             remove_dropout(model)
             enable_activation_checkpointing(model)
             model.train()

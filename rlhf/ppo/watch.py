@@ -1,18 +1,20 @@
-"""The numbers of one update, the best evaluation so far, and the KL budget that stops a run."""
+"""The numbers of one update, the best evaluation so far, and what stops a run: the KL budget, over-optimisation."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from rlhf.config import KlConfig
+from rlhf.config import AlarmAction, AlarmConfig, KlConfig, PpoConfig
 from rlhf.losses import kl_k3
 from rlhf.ppo.checkpoint import Progress, weights_of
 from rlhf.ppo.episodes import Episode
+from rlhf.ppo.evaluate import Evaluation
 from rlhf.ppo.finite import require_finite
-from rlhf.ppo.roles import Roles
+from rlhf.statistics import mean_bound
 
 
 def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
@@ -35,13 +37,37 @@ def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     }
 
 
-def note_evaluation(progress: Progress, metrics: dict[str, float], step: int, roles: Roles, kl: KlConfig) -> None:
-    """Keep the weights if this evaluation is the best under the budget. Without a budget none are kept."""
-    if kl.budget is None or metrics["eval/kl"] > kl.budget:
+def note_evaluation(progress: Progress, found: Evaluation, step: int, policy: Any, cfg: PpoConfig) -> None:
+    """Add what follows from an evaluation: its alarm, and its weights if it is the best under the KL budget.
+
+    Without a budget and an alarm that stops, no weights are kept: nothing would ever go back to them.
+    """
+    if progress.start is None:
+        progress.start = found.judged
+    if found.holdout is not None:
+        note_alarm(progress, found, cfg.alarm)
+    may_go_back = cfg.kl.budget is not None or (found.holdout is not None and cfg.alarm.action is AlarmAction.stop)
+    if not may_go_back or (cfg.kl.budget is not None and found.metrics["eval/kl"] > cfg.kl.budget):
         return
-    if progress.best_step is None or metrics["eval/reward"] > progress.best_reward:
-        progress.best_step, progress.best_reward = step, metrics["eval/reward"]
-        progress.best = weights_of(roles.policy)
+    mean = sum(found.judged) / len(found.judged)
+    if progress.best_step is None or mean > progress.best_reward:
+        progress.best_step, progress.best_reward = step, mean
+        progress.best = weights_of(policy)
+
+
+def note_alarm(progress: Progress, found: Evaluation, alarm: AlarmConfig) -> None:
+    """Count the evaluations in a row at which the reward is above, and the holdout reward surely below, what they were
+    when the holdout stood highest. Prompts and noise are the same, so differences are taken by prompt."""
+    assert found.holdout is not None
+    peak = progress.peak
+    if peak is None or sum(found.holdout) > sum(peak["holdout"]):
+        progress.peak = peak = {"rewards": found.rewards, "holdout": found.holdout}
+    falls = [was - now for now, was in zip(found.holdout, peak["holdout"], strict=True)]
+    names = [str(i) for i in range(len(falls))]
+    fell = len(falls) > 1 and mean_bound(falls, names, alarm.alpha, "lower").bound > 0
+    progress.alarms = progress.alarms + 1 if fell and sum(found.rewards) > sum(peak["rewards"]) else 0
+    found.metrics["eval/holdout_fall"] = sum(falls) / len(falls)
+    found.metrics["eval/alarm"] = float(progress.alarms)
 
 
 def note_kl(progress: Progress, mean_kl: float, kl: KlConfig) -> None:
@@ -50,8 +76,13 @@ def note_kl(progress: Progress, mean_kl: float, kl: KlConfig) -> None:
     progress.over_budget = progress.over_budget + 1 if over else 0
 
 
-def must_stop(progress: Progress, kl: KlConfig) -> bool:
-    return kl.budget is not None and progress.over_budget >= kl.patience
+def must_stop(progress: Progress, cfg: PpoConfig) -> str | None:
+    """The declared reason to stop before the planned updates are done: "kl_budget", "over_optimisation"; or None."""
+    if cfg.kl.budget is not None and progress.over_budget >= cfg.kl.patience:
+        return "kl_budget"
+    if cfg.alarm.action is AlarmAction.stop and progress.alarms >= cfg.alarm.patience:
+        return "over_optimisation"
+    return None
 
 
 def all_finite(metrics: dict[str, float], step: int, episodes: Sequence[Episode]) -> dict[str, float]:
