@@ -40,6 +40,23 @@ def test_policy_gradient_is_minus_ratio_times_advantage_inside_the_clip_and_zero
     torch.testing.assert_close(logp.grad, tensor(slope))
 
 
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope"),
+    [
+        (4.0, -2.0, 6.0, 0.0),  # 8 would count: cut at 3 * 2, where nothing pulls any more
+        (2.5, -2.0, 5.0, 5.0),  # below the bound: as without it
+        (4.0, 2.0, -2.4, 0.0),  # a positive advantage knows only the first clip
+    ],
+)
+def test_dual_clip_bounds_the_loss_of_a_bad_token(ratio: float, advantage: float, loss: float, slope: float) -> None:
+    logp = tensor(math.log(ratio)).requires_grad_()
+    out = clipped_policy_loss(logp, tensor(0.0), tensor(advantage), 0.2, 3.0)
+    out.sum().backward()
+    assert logp.grad is not None
+    torch.testing.assert_close(out.detach(), tensor(loss))
+    torch.testing.assert_close(logp.grad, tensor(slope))
+
+
 def test_value_loss_takes_the_larger_error() -> None:
     # Old value 0, return 1: moving to .9 is counted from .2, half of .8 squared; moving away to -.5 counts in full.
     out = clipped_value_loss(tensor(0.9, -0.5, 0.1), tensor(0, 0, 0), tensor(1, 1, 1), 0.2)

@@ -159,7 +159,7 @@ class Learner:
             nll = -token_logprobs(response_logits(self.roles.policy, rows), rows.targets_N, 1.0).sum() / total
             require_finite(bool(torch.isfinite(nll)), "ptx loss", update, [documents[i].name for i in cut])
             (ptx.coef * nll).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-            sums["policy/ptx_loss"] += float(nll)
+            sums["policy/ptx_loss"] += float(nll.detach())
 
     def clear(self) -> None:
         """Drop the gradients."""
