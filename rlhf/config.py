@@ -457,6 +457,10 @@ class Config:
             f"data.max_prompt_length={self.data.max_prompt_length} + ppo.max_new_tokens={self.ppo.max_new_tokens} "
             f"exceed data.max_length={self.data.max_length}",
         )  # fmt: skip
+        require(
+            not self.ppo.ptx.coef or bool(self.data.pretraining.path or self.data.demonstrations.path), "ppo.ptx.coef",
+            "needs texts: data.pretraining.path=... or data.demonstrations.path=...",
+        )  # fmt: skip
 
 
 STAGES = ("sft", "rm", "ppo")

@@ -41,7 +41,7 @@ from rlhf.manifest import (
     stage_inputs,
 )
 from rlhf.models import check_positions
-from rlhf.rewards import check_reward
+from rlhf.rewards import check_reward, holdout_node
 from rlhf.rundir import RunDir, local_model, mend
 from rlhf.sampling import sample_rankings
 from rlhf.signals import checkpointing, stop_asked
@@ -120,6 +120,8 @@ class Run(RunDir):
             check_positions(self.base(), self.cfg.model, self.cfg.data.max_length)
         if "ppo" in trained:
             check_reward(self.cfg.reward, self.dir / "rm" / "model")
+            if self.cfg.ppo.holdout is not None:
+                check_reward(holdout_node(self.cfg.ppo.holdout), key="ppo.holdout")
         if self.world and not self.own_rankings and "rm" in trained:
             trained.remove("rm")  # its rankings are yet to be sampled
         # What they train on first: prompts may be taken from the rankings, whose faults are better named as rankings'.

@@ -53,10 +53,10 @@ def build_reward(
             f"{key}._target_: {node['_target_']} gave a {type(reward).__name__} without score(prompts, responses, "
             "rows); a plain function goes through reward._target_=reward_models.function.FunctionReward"
         )
-    own = model is not None and arguments.get("artifact") == str(model)
-    stored = dict(extra or {}) if own else {}
-    mean = stored.get("reward_mean", getattr(reward, "mean", None))
-    std = stored.get("reward_std", getattr(reward, "std", None))
+    stored = _stored(arguments.get("artifact"), model, extra or {})
+    mean, std = getattr(reward, "mean", None), getattr(reward, "std", None)
+    if mean is None or std is None:
+        mean, std = stored.get("reward_mean"), stored.get("reward_std")
     if mean is None or std is None:
         return BuiltReward(reward=reward, mean=None, std=None)
     if not std > 0:
@@ -64,17 +64,20 @@ def build_reward(
     return BuiltReward(reward=reward, mean=float(mean), std=float(std))
 
 
-def build_holdout(spec: Any) -> BuiltReward | None:
-    """The reward of ppo.holdout: a node like `reward`, or the folder of a reward model, whose mean and std stand in the
-    manifest beside it."""
-    if spec is None:
-        return None
-    if not isinstance(spec, str):
-        return build_reward(spec, key="ppo.holdout")
-    manifest = Path(spec).parent / "manifest.json"
-    extra = read_json(manifest).get("extra", {}) if manifest.exists() else {}
-    node = {"_target_": "reward_models.trained.TrainedReward", "artifact": spec}
-    return build_reward(node, Path(spec), extra, key="ppo.holdout")
+def _stored(artifact: Any, model: Path | None, extra: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is known about a reward model's scores: from the run for its own, else from the manifest beside it."""
+    if artifact is None:
+        return {}
+    if model is not None and artifact == str(model) and extra:
+        return extra
+    manifest = Path(str(artifact)).parent / "manifest.json"
+    found: dict[str, Any] = read_json(manifest).get("extra", {}) if manifest.is_file() else {}
+    return found
+
+
+def holdout_node(spec: Any) -> Any:
+    """ppo.holdout as a node like `reward`: the folder of a reward model stands for one that is trained."""
+    return {"_target_": "reward_models.trained.TrainedReward", "artifact": spec} if isinstance(spec, str) else spec
 
 
 def checked_scores(

@@ -46,6 +46,9 @@ class Reward(Protocol):
     responses: the text of each response, without the end token.
     rows: for each, {"messages": the prompt as messages, **tags}.
     returns: one float for each response, or one list of floats (one for each token of the policy's response).
+
+    May also have `mean` and `std`, by which PPO normalises its scores, and `details`: after `score`, a mapping of
+    names to one number a response, whose means are logged as `reward/parts/<name>`.
     """
 
     def score(

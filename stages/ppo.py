@@ -30,7 +30,7 @@ from rlhf.ppo.evaluate import Evaluator
 from rlhf.ppo.ptx import ptx_documents
 from rlhf.ppo.roles import load_roles
 from rlhf.ppo.update import Learner
-from rlhf.rewards import BuiltReward, build_holdout, build_reward
+from rlhf.rewards import BuiltReward, build_reward, holdout_node
 from rlhf.types import StageResult
 
 RECIPE = 1
@@ -51,7 +51,8 @@ class Loop:
         self.prompts = prompts.train
         # 1. The reward is checked and built first: it is the part that the user may have written.
         self.built = open_reward(cfg, context)
-        holdout = build_holdout(cfg.ppo.holdout)
+        spec = holdout_node(cfg.ppo.holdout)
+        holdout = None if spec is None else build_reward(spec, key="ppo.holdout")
         documents = ptx_documents(context.data, context.renderer, cfg.data.max_length) if cfg.ppo.ptx.coef else []
         # 2. Policy, frozen reference and critic, each optimiser with a rate of its own; then the state to go on from.
         self.roles = load_roles(cfg, context)

@@ -24,7 +24,7 @@ from rlhf.ppo.evaluate import Evaluation, win_rate
 from rlhf.ppo.ptx import Document, draw_documents, ptx_documents
 from rlhf.ppo.update import Learner
 from rlhf.ppo.watch import must_stop, note_evaluation
-from rlhf.rewards import build_holdout
+from rlhf.rewards import build_reward, holdout_node
 from rlhf.rollout import sequence_logprobs
 from rlhf.types import Demonstration, Prompt
 from stages import ppo
@@ -199,6 +199,19 @@ def test_the_holdout_is_watched_and_not_paid(tmp_path: Path, tiny_model: Path) -
         assert ("eval/reward" in a) == ("eval/holdout" in a)
 
 
+def test_the_parts_of_a_reward_are_logged(tmp_path: Path, tiny_model: Path) -> None:
+    parts = {
+        "early": {"_target_": FUNCTION, "function": "ppo_tiny.early_letters", "weight": 1.0},
+        "late": {"_target_": FUNCTION, "function": "test_ppo_options.late_letters", "weight": -2.0},
+    }
+    cfg = config(updates=1)
+    cfg.reward = {"_target_": "reward_models.weighted.WeightedSum", "parts": parts}
+    ppo.run(cfg, context(tmp_path, tiny_model))
+    line = metrics(tmp_path)[1]
+    assert line["reward/mean"] == pytest.approx(line["reward/parts/early"] - 2 * line["reward/parts/late"])
+    assert line["reward/parts/late"] > 0
+
+
 def judged(rewards: list[float], holdout: list[float], kl: float = 0.0) -> Evaluation:
     return Evaluation(metrics={"eval/kl": kl}, rows=[], rewards=rewards, holdout=holdout)
 
@@ -283,10 +296,12 @@ def test_combinations_that_cannot_work_name_the_key(changes: dict[str, Any], key
         check_all(ppo_config(**changes), "ppo")
 
 
-def test_a_holdout_that_is_no_reward_names_its_key() -> None:
-    assert build_holdout(None) is None
+def test_a_holdout_is_a_node_or_a_folder() -> None:
+    node = {"_target_": "ppo_tiny.nothing"}
+    assert holdout_node(None) is None and holdout_node(node) is node
+    assert holdout_node("runs/x/rm/model")["artifact"] == "runs/x/rm/model"
     with pytest.raises(ConfigError, match=r"ppo\.holdout\._target_"):
-        build_holdout({"_target_": "ppo_tiny.nothing"})
+        build_reward(node, key="ppo.holdout")
 
 
 def test_a_holdout_that_fails_stops_the_run(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

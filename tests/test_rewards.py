@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from reward_models.function import FunctionReward
+from reward_models.weighted import WeightedSum
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.rewards import build_reward, check_reward, checked_scores
 
@@ -108,3 +109,60 @@ def test_statistics_of_the_runs_reward_model_are_not_those_of_another() -> None:
     assert (built.mean, built.std) == (0.5, 2.0)
     with pytest.raises(ConfigError, match="reward_std is 0"):
         build_reward({**other, "mean": 0.5, "std": 0})
+
+
+def test_statistics_of_another_runs_reward_model_stand_in_the_manifest_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "rm" / "model").mkdir(parents=True)
+    (tmp_path / "rm" / "manifest.json").write_text('{"extra": {"reward_mean": -1.0, "reward_std": 4.0}}')
+    node = {"_target_": "test_rewards.Fixed", "scores": [], "artifact": str(tmp_path / "rm" / "model")}
+    built = build_reward(node, Path("runs/x/rm/model"), {"reward_mean": 2.0, "reward_std": 3.0})
+    assert (built.mean, built.std) == (-1.0, 4.0)
+
+
+def weighted(**parts: Any) -> WeightedSum:
+    return WeightedSum(parts, artifact="runs/x/rm/model")
+
+
+def test_a_weighted_sum_adds_its_parts_in_standard_deviations() -> None:
+    """2 * (score - 1) / 4 - .5 * score: 2 * 0 - .5, 2 * 1 - 1, 2 * -1 - 1.5."""
+    fixed = {"_target_": "test_rewards.Fixed"}
+    both = weighted(
+        model={**fixed, "scores": [1.0, 5.0, -3.0], "mean": 1.0, "std": 4.0, "weight": 2},
+        plain={**fixed, "scores": [1, 2, 3], "weight": -0.5},
+    )
+    assert score(both) == [-0.5, 1.0, -3.5]
+    assert both.details == {"model": [1.0, 5.0, -3.0], "plain": [1.0, 2.0, 3.0]}
+    built = build_reward(
+        {"_target_": "reward_models.weighted.WeightedSum", "parts": {"a": {**fixed, "scores": [], "weight": 1}}}
+    )
+    assert (built.mean, built.std) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({}, r"reward\.parts: is empty"),
+        (
+            {"a": {"_target_": "test_rewards.Fixed", "scores": []}},
+            r"reward\.parts\.a\.weight: must be a number, not None",
+        ),
+        ({"a": {"_target_": "test_rewards.Fixed", "scores": [], "weight": True}}, r"reward\.parts\.a\.weight"),
+        ({"a": {"_target_": "test_rewards.Fixed", "score": [], "weight": 1}}, r"reward\.parts\.a\.score.*did you mean"),
+    ],
+)
+def test_a_wrong_part_names_its_key(parts: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        weighted(**parts)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([1.0], "part 'a' gave 1 scores for 3"),
+        ([[1.0]] * 3, "part 'a' must give one number"),
+        ([float("nan")] * 3, "is nan"),
+    ],
+)
+def test_a_fault_of_a_part_is_named(scores: Any, message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        score(weighted(a={"_target_": "test_rewards.Fixed", "scores": scores, "weight": 1.0}))

@@ -5,7 +5,7 @@ Shapes: B episodes, T the longest response, N all response tokens of a micro-bat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,6 +40,7 @@ class Episode:
     reference: Tensor = field(default_factory=_empty)
     values: Tensor = field(default_factory=_empty)
     raw: float = 0.0  # what the reward said, summed over its tokens
+    details: dict[str, float] = field(default_factory=dict)  # what it is made of, if it says so
     score: Score = 0.0  # normalised, clipped, with the penalty for having no end
     rewards: Tensor = field(default_factory=_empty)
     advantages: Tensor = field(default_factory=_empty)
@@ -98,8 +99,10 @@ def score(episodes: Sequence[Episode], built: BuiltReward, renderer: Renderer, c
     names, lengths = [e.name for e in episodes], [len(e.ids) for e in episodes]
     with torch.autocast(device, enabled=False):  # a reward scores here what it scores alone
         scores = checked_scores(built.reward, texts, [e.text for e in episodes], rows, names, lengths)
-    for episode, raw in zip(episodes, scores, strict=True):
+    details: Mapping[str, Sequence[float]] = getattr(built.reward, "details", {})
+    for i, (episode, raw) in enumerate(zip(episodes, scores, strict=True)):
         episode.raw = sum(raw) if isinstance(raw, list) else raw
+        episode.details = {name: float(parts[i]) for name, parts in details.items()}
         episode.score = paid(raw, built, cfg, finished=episode.finished)
 
 

@@ -34,6 +34,7 @@ def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
         "rollout/tokens": float(tokens),
         "rollout/eos_rate": sum(e.finished for e in episodes) / n,
         "critic/returns": sum(float(e.returns.sum()) for e in episodes) / tokens,
+        **{f"reward/parts/{name}": sum(e.details[name] for e in episodes) / n for name in episodes[0].details},
     }
 
 
