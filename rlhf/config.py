@@ -434,6 +434,7 @@ class Config:
     ppo: PpoConfig = field(default_factory=PpoConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     reward: Any = None
+    rollout: Any = field(default_factory=lambda: {"_target_": "rlhf.ppo.engines.HfRollout"})  # samples the responses
     gate: GateConfig = field(default_factory=GateConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

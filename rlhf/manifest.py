@@ -45,7 +45,7 @@ def stage_inputs(cfg: Config, stage: str, recipe: int, data: dict[str, Any], par
         "data": {**data, "rules": rules}, "parents": parents,
     }  # fmt: skip
     if stage == "ppo":
-        inputs["reward"] = plain["reward"]
+        inputs["reward"], inputs["rollout"] = plain["reward"], plain["rollout"]
         inputs["rewards"] = reward_digests([plain["reward"], plain["ppo"]["holdout"]])
     return inputs
 

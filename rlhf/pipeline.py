@@ -41,6 +41,7 @@ from rlhf.manifest import (
     stage_inputs,
 )
 from rlhf.models import check_positions
+from rlhf.ppo.engines import check_engine
 from rlhf.rewards import check_reward, holdout_node
 from rlhf.rundir import RunDir, local_model, mend
 from rlhf.sampling import sample_rankings
@@ -120,6 +121,7 @@ class Run(RunDir):
             check_positions(self.base(), self.cfg.model, self.cfg.data.max_length)
         if "ppo" in trained:
             check_reward(self.cfg.reward, self.dir / "rm" / "model")
+            check_engine(self.cfg.rollout)
             if self.cfg.ppo.holdout is not None:
                 check_reward(holdout_node(self.cfg.ppo.holdout), key="ppo.holdout")
         if self.world and not self.own_rankings and "rm" in trained:

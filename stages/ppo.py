@@ -25,12 +25,13 @@ from rlhf.errors import DataError, Preempted, TrainingError
 from rlhf.models import save_model
 from rlhf.ppo import checkpoint, watch
 from rlhf.ppo.checks import check_first_rollout
+from rlhf.ppo.engines import build_engine
 from rlhf.ppo.episodes import Episode, compare, draw, estimate, rollout, score
-from rlhf.ppo.evaluate import Evaluator
+from rlhf.ppo.evaluate import Evaluator, Rewards
 from rlhf.ppo.ptx import ptx_documents
 from rlhf.ppo.roles import load_roles
 from rlhf.ppo.update import Learner
-from rlhf.rewards import BuiltReward, build_reward, holdout_node
+from rlhf.rewards import build_reward, holdout_node
 from rlhf.types import StageResult
 
 RECIPE = 1
@@ -49,15 +50,15 @@ class Loop:
         if prompts is None or not prompts.train or not prompts.heldout:
             raise DataError("data.prompts: PPO needs prompts to train on and held-out ones to judge by")
         self.prompts = prompts.train
-        # 1. The reward is checked and built first: it is the part that the user may have written.
-        self.built = open_reward(cfg, context)
-        spec = holdout_node(cfg.ppo.holdout)
-        holdout = None if spec is None else build_reward(spec, key="ppo.holdout")
+        # 1. The rewards are checked and built first: they are the part that the user may have written.
+        self.rewards, self.engine = open_rewards(cfg, context), build_engine(cfg.rollout)
         documents = ptx_documents(context.data, context.renderer, cfg.data.max_length) if cfg.ppo.ptx.coef else []
         # 2. Policy, frozen reference and critic, each optimiser with a rate of its own; then the state to go on from.
         self.roles = load_roles(cfg, context)
         self.learner = Learner(self.roles, cfg.ppo, cfg.seed, documents)
-        self.evaluator = Evaluator(prompts.heldout, context.renderer, self.built, cfg.ppo, cfg.seed, holdout)
+        self.evaluator = Evaluator(
+            prompts.heldout, context.renderer, self.rewards, self.engine, cfg.ppo, cfg.seed
+        )  # fmt: skip
         self.checkpoints = context.folder / "checkpoints"
         self.progress = checkpoint.resume(self.checkpoints, self.learner)
         if not self.progress.step:
@@ -83,9 +84,9 @@ class Loop:
         # 3. Sample from the policy, score the text, compare with the reference and the critic.
         cfg, state = self.ppo, self.progress
         drawn = draw(self.prompts, self.cfg.seed, update, cfg.batch, cfg.group)
-        episodes = rollout(self.roles, self.context.renderer, cfg, drawn)
+        episodes = rollout(self.engine, self.roles.policy, self.context.renderer, cfg, drawn)
         clock.lap("time/generate")
-        score(episodes, self.built, self.context.renderer, cfg)
+        score(episodes, self.rewards.paid, self.context.renderer, cfg)
         clock.lap("time/score")
         compare(episodes, self.roles, cfg, update)
         clock.lap("time/compare")
@@ -173,13 +174,13 @@ class Clock:
         self.laps[name], self.start = now - self.start, now
 
 
-def open_reward(cfg: Config, context: Context) -> BuiltReward:
-    """The configured reward, and a line about what its scores are divided by."""
+def open_rewards(cfg: Config, context: Context) -> Rewards:
+    """The configured reward and the holdout, and a line about what their scores are divided by."""
     stored: Mapping[str, Any] = context.parent_extra.get("rm", {})
-    built = build_reward(cfg.reward, context.parents.get("rm"), stored)
-    if cfg.ppo.normalize_reward and built.std is None:
-        say(f"ppo: {type(built.reward).__name__} stores no mean and std: its rewards are used as they are")
-    return built
+    paid, spec = build_reward(cfg.reward, context.parents.get("rm"), stored), holdout_node(cfg.ppo.holdout)
+    if cfg.ppo.normalize_reward and paid.std is None:
+        say(f"ppo: {type(paid.reward).__name__} stores no mean and std: its rewards are used as they are")
+    return Rewards(paid=paid, holdout=None if spec is None else build_reward(spec, key="ppo.holdout"))
 
 
 def run(cfg: Config, context: Context) -> StageResult:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from rlhf.config import AlarmAction, AlarmConfig, Estimator, KlConfig, KlPlace, 
 from rlhf.data import DataReport, Loaded
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.ppo.checkpoint import Progress, averaged, follow, weights_of
+from rlhf.ppo.engines import check_engine, checked_responses
 from rlhf.ppo.evaluate import Evaluation, win_rate
 from rlhf.ppo.ptx import Document, draw_documents, ptx_documents
 from rlhf.ppo.update import Learner
 from rlhf.ppo.watch import must_stop, note_evaluation
 from rlhf.rewards import build_reward, holdout_node
-from rlhf.rollout import sequence_logprobs
+from rlhf.rollout import Response, Sampling, sequence_logprobs
 from rlhf.types import Demonstration, Prompt
 from stages import ppo
 
@@ -309,3 +310,58 @@ def test_a_holdout_that_fails_stops_the_run(tmp_path: Path, tiny_model: Path, mo
     node = {"_target_": FUNCTION, "function": "test_ppo_options.late_letters"}
     with pytest.raises(TrainingError, match="the score is inf"):
         ppo.run(config(holdout=node), context(tmp_path, tiny_model))
+
+
+class Parrot:
+    """A rollout engine of a user's: says the same letters to everyone, at a probability that it makes up."""
+
+    def __init__(self, logprob: float = 0.0, cut: bool = False) -> None:
+        self.logprob, self.cut = logprob, cut
+
+    def generate(
+        self, policy: Any, prompts_ids: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling
+    ) -> list[Response]:
+        ids = [5, 6] if self.cut else [5, 6, sampling.eos_id]
+        told = sequence_logprobs(policy, prompts_ids, [ids] * len(seeds), sampling.temperature)
+        return [Response(ids=ids, logprobs=[x + self.logprob for x in t.tolist()], finished=True) for t in told]
+
+
+def with_engine(folder: Path, model: Path, **arguments: Any) -> Any:
+    cfg = config(updates=1)
+    cfg.rollout = {"_target_": "test_ppo_options.Parrot", **arguments}
+    return ppo.run(cfg, context(folder, model))
+
+
+def test_another_rollout_engine_can_join(tmp_path: Path, tiny_model: Path) -> None:
+    with_engine(tmp_path, tiny_model)
+    assert metrics(tmp_path)[1]["rollout/length"] == 3
+
+
+def test_an_engine_is_held_to_what_it_says(tmp_path: Path, tiny_model: Path) -> None:
+    with pytest.raises(TrainingError, match=r"KL\(policy, reference\) == 0"):
+        with_engine(tmp_path / "a", tiny_model, logprob=0.01)
+    with pytest.raises(TrainingError, match="response 0 with an end token that is not where"):
+        with_engine(tmp_path / "b", tiny_model, cut=True)
+    with pytest.raises(ConfigError, match=r"rollout\.logprop.*did you mean logprob"):
+        with_engine(tmp_path / "c", tiny_model, logprop=0.01)
+    with pytest.raises(ConfigError, match=r"rollout\._target_.*no method generate"):
+        check_engine({"_target_": "rlhf.types.Prompt", "messages": []})
+
+
+@pytest.mark.parametrize(
+    ("response", "message"),
+    [
+        (Response(ids=[], logprobs=[], finished=False), "0 tokens with 0"),
+        (Response(ids=[3, 4], logprobs=[0.0], finished=False), "2 tokens with 1"),
+        (Response(ids=[3] * 5, logprobs=[0.0] * 5, finished=False), "5 tokens, more than"),
+        (Response(ids=[3, 1, 3], logprobs=[0.0] * 3, finished=False), "end token"),
+    ],
+)
+def test_a_malformed_response_is_named(response: Response, message: str) -> None:
+    good = Response(ids=[3, 1], logprobs=[0.0, 0.0], finished=True)
+    sampling = Sampling(1.0, 4, 1)
+    assert checked_responses([good, good], 2, sampling) == [good, good]
+    with pytest.raises(TrainingError, match=f"response 1 with .*{message}"):
+        checked_responses([good, response], 2, sampling)
+    with pytest.raises(TrainingError, match="1 responses for 2 prompts"):
+        checked_responses([good], 2, sampling)

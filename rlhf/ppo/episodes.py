@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +16,12 @@ from torch.nn.utils.rnn import pad_sequence
 from rlhf.advantages import gae, group_norm, rloo, shaped_rewards, token_mask
 from rlhf.config import Estimator, KlPlace, PpoConfig
 from rlhf.losses import kl_k1, whiten
+from rlhf.ppo.engines import RolloutEngine, checked_responses
 from rlhf.ppo.finite import require_finite
 from rlhf.ppo.roles import Critic, Roles
 from rlhf.render import Renderer
 from rlhf.rewards import BuiltReward, Score, checked_scores
-from rlhf.rollout import Sampling, collate, generate, micro_batches, seed_of, sequence_logprobs
+from rlhf.rollout import Sampling, collate, micro_batches, seed_of, sequence_logprobs
 from rlhf.types import Prompt
 
 
@@ -76,12 +78,15 @@ def draw(prompts: Sequence[Prompt], seed: int, update: int, batch: int, group: i
     return drawn
 
 
-def rollout(roles: Roles, renderer: Renderer, cfg: PpoConfig, drawn: Sequence[tuple[Prompt, int]]) -> list[Episode]:
+def rollout(
+    engine: RolloutEngine, policy: Any, renderer: Renderer, cfg: PpoConfig, drawn: Sequence[tuple[Prompt, int]]
+) -> list[Episode]:
     """Sample one response for each drawn prompt. Its token ids are kept as they were sampled."""
     prompt_ids = [renderer.prompt_ids(prompt.messages) for prompt, _ in drawn]
     sampling = Sampling(cfg.temperature, cfg.max_new_tokens, renderer.eos_id, cfg.decode_group)
-    responses = generate(roles.policy, prompt_ids, [seed for _, seed in drawn], sampling)
-    dtype = torch.float64 if next(roles.policy.parameters()).dtype == torch.float64 else torch.float32
+    responses = engine.generate(policy, prompt_ids, [seed for _, seed in drawn], sampling)
+    checked_responses(responses, len(drawn), sampling)
+    dtype = torch.float64 if next(policy.parameters()).dtype == torch.float64 else torch.float32
     return [
         Episode(
             prompt=prompt, prompt_ids=ids, ids=response.ids, finished=response.finished,

@@ -10,6 +10,7 @@ import torch
 
 from rlhf.config import PpoConfig
 from rlhf.losses import kl_k3
+from rlhf.ppo.engines import RolloutEngine
 from rlhf.ppo.episodes import Episode, rollout, score
 from rlhf.ppo.roles import Roles
 from rlhf.render import Renderer
@@ -36,21 +37,30 @@ class Evaluation:
         return self.rewards if self.holdout is None else self.holdout
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rewards:
+    """The reward that PPO is paid by, and one that it is not."""
+
+    paid: BuiltReward
+    holdout: BuiltReward | None = None
+
+
 class Evaluator:
-    """Held-out prompts, chosen and seeded once for the whole run. `holdout` is a reward that PPO is not paid by."""
+    """Held-out prompts, chosen and seeded once for the whole run."""
 
     def __init__(
-        self, prompts: Sequence[Prompt], renderer: Renderer, built: BuiltReward, cfg: PpoConfig, seed: int,
-        holdout: BuiltReward | None = None,
+        self, prompts: Sequence[Prompt], renderer: Renderer, rewards: Rewards, engine: RolloutEngine, cfg: PpoConfig,
+        seed: int,
     ) -> None:  # fmt: skip
-        self.renderer, self.built, self.cfg, self.holdout = renderer, built, cfg, holdout
+        self.renderer, self.engine, self.cfg = renderer, engine, cfg
+        self.built, self.holdout = rewards.paid, rewards.holdout
         keyed = sorted((seed_of(seed, "eval", i, p.id), i) for i, p in enumerate(prompts))[: cfg.eval_prompts]
         self.drawn = [(prompts[i], key) for key, i in keyed]
 
     def run(self, roles: Roles, start: Sequence[float] | None) -> Evaluation:
         """Metrics `eval/...` and the first few samples as rows. `start` are the judged rewards of the policy that the
         run started from, on the same prompts; None at the start itself."""
-        episodes = rollout(roles, self.renderer, self.cfg, self.drawn)
+        episodes = rollout(self.engine, roles.policy, self.renderer, self.cfg, self.drawn)
         rewards, holdout = self._scores(episodes)
         prompts, responses = [e.prompt_ids for e in episodes], [e.ids for e in episodes]
         temperature, micro_tokens = self.cfg.temperature, self.cfg.micro_tokens
