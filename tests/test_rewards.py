@@ -10,7 +10,9 @@ import pytest
 
 from reward_models.function import FunctionReward
 from reward_models.weighted import WeightedSum
+from rlhf.artifacts import folder_digest
 from rlhf.errors import ConfigError, TrainingError
+from rlhf.manifest import reward_digests
 from rlhf.rewards import build_reward, check_reward, checked_scores
 
 NAMES = ["one", "two", "three"]
@@ -166,3 +168,16 @@ def test_a_wrong_part_names_its_key(parts: dict[str, Any], message: str) -> None
 def test_a_fault_of_a_part_is_named(scores: Any, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         score(weighted(a={"_target_": "test_rewards.Fixed", "scores": scores, "weight": 1.0}))
+
+
+def test_the_models_that_a_reward_names_are_part_of_what_ppo_is_made_of(tmp_path: Path) -> None:
+    """At any depth; what is no folder (a hub id, a function) has no digest of ours. Another file, another digest."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "w").write_text(name)
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    node = {"_target_": "x.Y", "parts": {"one": {"artifact": a}, "two": [{"artifact": "org/model"}]}, "n": 3}
+    first = reward_digests([node, b])
+    assert first == {a: folder_digest(tmp_path / "a"), b: folder_digest(tmp_path / "b")}
+    (tmp_path / "a" / "w").write_text("other")
+    assert reward_digests([node, b])[a] != first[a] and reward_digests([None, {}]) == {}
