@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf.adapters import SharedBase
 from rlhf.config import LaunchConfig, ModelConfig
 from rlhf.models import load_reward_model, pick_device, score_ids
 from rlhf.render import Renderer, load_tokenizer
@@ -16,13 +17,17 @@ class TrainedReward:
     artifact: folder (or hub id) of the model, with its own tokenizer, which need not be the policy's.
     micro_tokens: tokens of one forward pass, padding included; it cannot change the result.
     device: auto, cpu or cuda.
+    shared_base: given by PPO with LoRA. A reward model that is an adapter on this base is not loaded a second time.
     """
 
-    def __init__(self, artifact: str, micro_tokens: int = 8192, device: str = "auto") -> None:
-        config = ModelConfig(path=artifact)
+    def __init__(
+        self, artifact: str, micro_tokens: int = 8192, device: str = "auto", shared_base: SharedBase | None = None
+    ) -> None:
+        config, where = ModelConfig(path=artifact), pick_device(LaunchConfig(device=device))
         self.micro_tokens = micro_tokens
         self.renderer = Renderer(load_tokenizer(artifact, config))
-        self.model = load_reward_model(artifact, config, pick_device(LaunchConfig(device=device)))
+        shared = shared_base.scorer(artifact, where) if shared_base is not None else None
+        self.model: Any = load_reward_model(artifact, config, where) if shared is None else shared
 
     def score(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
         """One reward a response. The prompt is `row["messages"]`, as the reward model was trained, not its text."""

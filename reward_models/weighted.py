@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.adapters import SharedBase
 from rlhf.errors import ConfigError
 from rlhf.rewards import build_reward
 
@@ -22,11 +23,14 @@ class WeightedSum:
 
     parts: by name, nodes with `_target_`, `weight` and the arguments of the target.
     artifact: the reward model of a part that names none; PPO gives that of the run.
+    shared_base: given by PPO with LoRA, for the parts that take it.
     """
 
     mean, std = 0.0, 1.0  # the parts are normalised already
 
-    def __init__(self, parts: Mapping[str, Mapping[str, Any]], artifact: str | None = None) -> None:
+    def __init__(
+        self, parts: Mapping[str, Mapping[str, Any]], artifact: str | None = None, shared_base: SharedBase | None = None
+    ) -> None:
         if not parts:
             raise ConfigError("reward.parts: is empty: give at least one part")
         model = None if artifact is None else Path(artifact)
@@ -38,7 +42,8 @@ class WeightedSum:
             if isinstance(weight, bool) or not isinstance(weight, int | float):
                 raise ConfigError(f"{key}.weight: must be a number, not {weight!r}")
             self.weights[name] = float(weight)
-            self.parts[name] = build_reward({k: v for k, v in part.items() if k != "weight"}, model, key=key)
+            node = {k: v for k, v in part.items() if k != "weight"}
+            self.parts[name] = build_reward(node, model, key=key, shared_base=shared_base)
         self.details: dict[str, list[float]] = {}
 
     def score(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:

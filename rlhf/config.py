@@ -311,10 +311,7 @@ class PpoConfig:
                 self.critic_warmup < self.updates, f"{key}.critic_warmup",
                 f"must leave an update to the policy: below {key}.updates={self.updates}, not {self.critic_warmup}",
             )  # fmt: skip
-        require(
-            not self.lora.enabled, f"{key}.lora",
-            "PPO with LoRA on one shared base is not built yet; lora@ppo.lora=none trains the policy in full",
-        )  # fmt: skip
+        require(self.lora.dropout == 0, f"{key}.lora.dropout", "must be 0: PPO has dropout off in every role")
 
     def _check_no_critic(self, key: str) -> None:
         chosen = f"{key}.estimator={self.estimator.value}"

@@ -44,3 +44,10 @@ def save_adapter(model: Any, folder: Path) -> None:
 def merge_lora(model: Any) -> Any:
     """The plain model whose weights include the adapters; the adapters' modules are gone."""
     return model.merge_and_unload(safe_merge=True)
+
+
+def open_adapter(model: Any, folder: Path) -> Any:
+    """`model` with the adapter in `folder`, as a user opens it."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder))

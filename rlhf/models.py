@@ -158,10 +158,13 @@ def check_positions(path: str | Path, model: ModelConfig, max_length: int) -> No
         )
 
 
-def enable_activation_checkpointing(model: Any) -> None:
-    """Recompute activations in the backward pass; the method's name depends on the transformers version."""
+def enable_activation_checkpointing(model: Any, **options: Any) -> None:
+    """Recompute activations in the backward pass; the method's name depends on the transformers version.
+
+    options: of torch.utils.checkpoint.checkpoint.
+    """
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable()
+    enable({"use_reentrant": False, **options})
 
 
 def ensure_pad(model: Any, tokenizer: Any) -> None:

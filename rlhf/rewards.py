@@ -43,11 +43,18 @@ def check_reward(node: Any, model: Path | None = None, key: str = "reward") -> d
 
 
 def build_reward(
-    node: Any, model: Path | None = None, extra: Mapping[str, Any] | None = None, key: str = "reward"
+    node: Any, model: Path | None = None, extra: Mapping[str, Any] | None = None, key: str = "reward",
+    shared_base: Any = None,
 ) -> BuiltReward:  # fmt: skip
-    """Build the configured reward. `model` is the run's reward model and `extra` what its manifest stores about it."""
+    """Build the configured reward. `model` is the run's reward model and `extra` what its manifest stores about it.
+
+    shared_base: what PPO's roles share with LoRA, for a class that takes an argument of this name.
+    """
     arguments = check_reward(node, model, key)
-    reward = find(node, key)(**arguments)
+    target = find(node, key)
+    if shared_base is not None and "shared_base" in inspect.signature(target).parameters:
+        arguments["shared_base"] = shared_base
+    reward = target(**arguments)
     if not callable(getattr(reward, "score", None)):
         raise ConfigError(
             f"{key}._target_: {node['_target_']} gave a {type(reward).__name__} without score(prompts, responses, "

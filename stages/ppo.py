@@ -15,21 +15,20 @@ from typing import Any
 
 import torch
 
+from rlhf.adapters import SharedBase
 from rlhf.advantages import adapted_coef
-from rlhf.artifacts import atomic_folder
 from rlhf.config import Config, Dtype
 from rlhf.console import progress as progress_bar
 from rlhf.console import say
 from rlhf.context import Context
 from rlhf.errors import DataError, Preempted, TrainingError
-from rlhf.models import save_model
 from rlhf.ppo import checkpoint, watch
 from rlhf.ppo.checks import check_first_rollout
 from rlhf.ppo.engines import build_engine
 from rlhf.ppo.episodes import Episode, compare, draw, estimate, rollout, score
 from rlhf.ppo.evaluate import Evaluator, Rewards
 from rlhf.ppo.ptx import ptx_documents
-from rlhf.ppo.roles import load_roles
+from rlhf.ppo.roles import load_roles, open_base, save_policy
 from rlhf.ppo.update import Learner
 from rlhf.rewards import build_reward, holdout_node
 from rlhf.types import StageResult
@@ -51,10 +50,11 @@ class Loop:
             raise DataError("data.prompts: PPO needs prompts to train on and held-out ones to judge by")
         self.prompts = prompts.train
         # 1. The rewards are checked and built first: they are the part that the user may have written.
-        self.rewards, self.engine = open_rewards(cfg, context), build_engine(cfg.rollout)
+        base = open_base(cfg, context)
+        self.rewards, self.engine = open_rewards(cfg, context, base), build_engine(cfg.rollout)
         documents = ptx_documents(context.data, context.renderer, cfg.data.max_length) if cfg.ppo.ptx.coef else []
         # 2. Policy, frozen reference and critic, each optimiser with a rate of its own; then the state to go on from.
-        self.roles = load_roles(cfg, context)
+        self.roles = load_roles(cfg, context, base)
         self.learner = Learner(self.roles, cfg.ppo, cfg.seed, documents)
         self.evaluator = Evaluator(
             prompts.heldout, context.renderer, self.rewards, self.engine, cfg.ppo, cfg.seed
@@ -154,8 +154,7 @@ class Loop:
             raise TrainingError(f"ppo: ended after {state.step} of {self.ppo.updates} updates without a reason")
         elif state.average is not None:
             checkpoint.put_weights(policy, state.average, "average")
-        with atomic_folder(self.context.folder / "model") as part:
-            save_model(policy, self.context.renderer.tokenizer, part)
+        save_policy(policy, self.cfg, self.context)
         return StageResult(
             metrics=state.metrics, stop_reason=reason or "finished", updates=state.step,
             planned_updates=self.ppo.updates, extra=extra,
@@ -174,13 +173,15 @@ class Clock:
         self.laps[name], self.start = now - self.start, now
 
 
-def open_rewards(cfg: Config, context: Context) -> Rewards:
+def open_rewards(cfg: Config, context: Context, base: SharedBase | None) -> Rewards:
     """The configured reward and the holdout, and a line about what their scores are divided by."""
     stored: Mapping[str, Any] = context.parent_extra.get("rm", {})
-    paid, spec = build_reward(cfg.reward, context.parents.get("rm"), stored), holdout_node(cfg.ppo.holdout)
+    paid = build_reward(cfg.reward, context.parents.get("rm"), stored, shared_base=base)
     if cfg.ppo.normalize_reward and paid.std is None:
         say(f"ppo: {type(paid.reward).__name__} stores no mean and std: its rewards are used as they are")
-    return Rewards(paid=paid, holdout=None if spec is None else build_reward(spec, key="ppo.holdout"))
+    spec = holdout_node(cfg.ppo.holdout)
+    holdout = None if spec is None else build_reward(spec, key="ppo.holdout", shared_base=base)
+    return Rewards(paid=paid, holdout=holdout)
 
 
 def run(cfg: Config, context: Context) -> StageResult:

@@ -32,8 +32,6 @@ def test_every_option_of_every_group_composes(option: str) -> None:
     needs = [] if option == "experiment=quickstart" else ["experiment=own", "model.path=some/model"]
     if option.startswith("data=quickstart"):
         needs = ["experiment=own", "ppo.max_new_tokens=48"]
-    if option == "lora=r16":
-        needs.append("lora@ppo.lora=none")
     if option == "experiment=hh":
         needs = ["model.path=some/model", "data.root=some/folder"]
     config = composed(option, *needs)

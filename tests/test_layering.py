@@ -14,7 +14,7 @@ LEVELS = [
     {"errors", "types", "artifacts", "config", "console", "plugins", "signals"},
     {"losses", "advantages", "ranking_loss", "statistics"},
     {"launch", "compose", "ledger", "tracking"},
-    {"manifest", "render", "lora"},
+    {"manifest", "render", "lora", "adapters"},
     {"data", "models"},
     {"context", "rollout", "training"},
     {"rewards", "gates", "inputs"},
