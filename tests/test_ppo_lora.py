@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 from ppo_tiny import config, context, metrics, ppo_config
+from runs import STAGES, TINY, read_json, rlhf, words, write_data
 from safetensors.torch import load_file
 from test_ppo_update import episodes_of
 from test_rollout import PROMPTS, SEEDS, make, sampling
@@ -417,3 +418,24 @@ def test_roles_can_be_copied(parents: Parents) -> None:
     ids = [e.prompt_ids for e in episodes], [e.ids for e in episodes]
     ours, theirs = (torch.cat(sequence_logprobs(each.policy, *ids)) for each in (roles, twin))
     assert not torch.allclose(ours, theirs)
+
+
+@pytest.mark.slow
+def test_three_stages_with_lora_through_the_command_line(tmp_path: Path, tiny_model: Path) -> None:
+    arguments = [*TINY, f"model.path={tiny_model}", *write_data(tmp_path), f"run.root={tmp_path}/runs", "lora=r16"]
+    done = rlhf(*arguments, cwd=tmp_path)
+    assert done.returncode in (10, 11, 12) and "Traceback" not in done.stderr, done.stderr
+    assert "is an adapter on the policy's base" in words(done.stdout), done.stdout
+    assert "fresh adapter" not in words(done.stdout)
+    run = tmp_path / "runs" / "own"
+    for stage_name in STAGES:
+        manifest = read_json(run / stage_name / "manifest.json")
+        assert (manifest["stop_reason"], manifest["tuning"]) == ("finished", "lora")
+        assert (run / stage_name / "adapter" / "adapter_config.json").is_file()
+    base = AutoModelForCausalLM.from_pretrained(run / "sft" / "model")
+    adapted = PeftModel.from_pretrained(base, run / "ppo" / "adapter").get_base_model()
+    merged = AutoModelForCausalLM.from_pretrained(run / "ppo" / "model")
+    ids = torch.arange(4, 40).unsqueeze(0)
+    torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, rtol=0, atol=1e-5)
+    planned = rlhf(*arguments, "do=plan", cwd=tmp_path)
+    assert planned.returncode == 0 and planned.stdout.count("skipped") == 3, planned.stdout
