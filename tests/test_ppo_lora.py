@@ -28,7 +28,7 @@ from rlhf.errors import ConfigError, Preempted
 from rlhf.lora import add_lora, merge_lora, save_adapter
 from rlhf.models import ensure_pad, load_policy, load_reward_model, save_model
 from rlhf.ppo.checks import check_first_rollout
-from rlhf.ppo.episodes import compare, read_values
+from rlhf.ppo.episodes import Episode, compare, read_values
 from rlhf.ppo.roles import Critic, Roles, add_critic, share
 from rlhf.ppo.update import Learner
 from rlhf.render import load_tokenizer
@@ -99,6 +99,10 @@ def stage(folder: Path, parents: Parents, rm: Path | None = None, **more: Any) -
     given = context(folder, parents.sft, **more)
     given.parents["rm"] = rm or parents.rm
     return given
+
+
+def reward_of(loop: ppo.Loop) -> Any:
+    return loop.built.reward
 
 
 def settings(**changes: Any) -> Any:
@@ -189,13 +193,14 @@ def test_a_step_of_one_role_moves_no_other(tmp_path: Path, parents: Parents, tra
     rows = [{"messages": p.messages} for p in loop.prompts]
     ids = [given.renderer.prompt_ids(p.messages) for p in loop.prompts]
     disturb(loop.roles.critic.head)
+    episodes = [
+        Episode(prompt=p, prompt_ids=i, ids=[5, 6, 7], finished=True, text="", logp=torch.zeros(3))
+        for p, i in zip(loop.prompts, ids, strict=True)
+    ]
 
     def seen() -> dict[str, Any]:
         logp = [sequence_logprobs(m, ids, ids) for m in (loop.roles.policy, loop.roles.reference)]
-        episodes = ppo.rollout(loop.roles, given.renderer, loop.ppo, [(p, 7) for p in loop.prompts])
-        for episode in episodes:
-            episode.ids = [5, 6, 7]  # the same states for the critic, whatever the policy says
-        reward = loop.built.reward.score(["" for _ in rows], ["abc"] * len(rows), rows)
+        reward = reward_of(loop).score(["" for _ in rows], ["abc"] * len(rows), rows)
         values = read_values(loop.roles.critic, episodes, 64)
         return {"policy": torch.cat(logp[0]), "reference": torch.cat(logp[1]),
                 "critic": torch.cat(values), "reward": torch.tensor(reward)}  # fmt: skip
@@ -271,7 +276,7 @@ def test_a_reward_model_of_another_kind_stays_a_model_of_its_own(tmp_path: Path,
         said = " ".join(capsys.readouterr().out.split())
         assert f"{reason}" in said and "is loaded beside the shared base" in said
         assert "the critic starts as a fresh adapter" in said
-        assert not isinstance(loop.built.reward.model, Scorer)  # type: ignore[attr-defined]
+        assert not isinstance(reward_of(loop).model, Scorer)
         assert loop.roles.critic.body.base is loop.roles.policy.base
 
 
@@ -291,7 +296,7 @@ def storages(tensors: Any) -> dict[int, int]:
 
 def test_the_base_is_in_memory_once(tmp_path: Path, parents: Parents) -> None:
     loop = ppo.Loop(settings(), stage(tmp_path, parents))
-    roles, scorer = loop.roles, loop.built.reward.model  # type: ignore[attr-defined]
+    roles, scorer = loop.roles, reward_of(loop).model
     plain = dict(AutoModelForCausalLM.from_pretrained(parents.sft).named_parameters())
     views = {"policy": roles.policy, "reference": roles.reference, "critic": roles.critic.body, "reward": scorer.body}
     pointers: dict[str, set[int]] = defaultdict(set)
