@@ -102,7 +102,7 @@ def stage(folder: Path, parents: Parents, rm: Path | None = None, **more: Any) -
 
 
 def reward_of(loop: ppo.Loop) -> Any:
-    return loop.built.reward
+    return loop.rewards.paid.reward
 
 
 def settings(**changes: Any) -> Any:
