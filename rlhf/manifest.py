@@ -6,9 +6,12 @@ the digests of its data and parents, and the recipe version of its code. The dig
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
+import importlib.util
 import platform
 import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -56,6 +59,20 @@ def reward_digests(node: Any) -> dict[str, str]:
         return {node: folder_digest(Path(node))} if Path(node).is_dir() else {}
     inner = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
     return {path: digest for item in inner for path, digest in reward_digests(item).items()}
+
+
+def recipe_of(stage: str) -> int:
+    """The number `RECIPE` in the stage's file, read without running it: its imports take seconds, which a stage that is
+    skipped does not need."""
+    loaded = sys.modules.get(f"stages.{stage}")
+    if loaded is not None:
+        return int(loaded.RECIPE)
+    spec = importlib.util.find_spec(f"stages.{stage}")
+    assert spec is not None and spec.origin is not None
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "RECIPE":
+            return int(ast.literal_eval(node.value))
+    raise AssertionError(f"{spec.origin} has no RECIPE")
 
 
 def fingerprint(inputs: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from rlhf.manifest import (
     new_manifest,
     now,
     read_manifest,
+    recipe_of,
     stage_inputs,
 )
 from rlhf.models import check_positions
@@ -213,8 +213,7 @@ class Run(RunDir):
         """Skip, resume or run; returns the manifest of the finished stage."""
         if stage == "rm":
             self.rank_samples()
-        module = importlib.import_module(f"stages.{stage}")
-        inputs = self.stage_inputs_of(stage, module.RECIPE)
+        inputs = self.stage_inputs_of(stage, recipe_of(stage))
         folder = self.dir / stage
         manifest = read_manifest(folder)
         if manifest is not None:
@@ -229,7 +228,7 @@ class Run(RunDir):
             changed = differences(read_json(folder / STARTED)["inputs"], inputs)
             if changed:
                 self._set_aside_or_refuse(stage, changed)
-        return self._train(stage, module.run, inputs)
+        return self._train(stage, inputs)
 
     def stage_inputs_of(self, stage: str, recipe: int) -> dict[str, Any]:
         parents = {name: self._digest_of(name) for name in PARENTS[stage]}
@@ -255,7 +254,7 @@ class Run(RunDir):
         self.ledger.append("set_aside", stage=stage, to=f"{stage}.old-{number}", changed=changed[:12])
         say(f"{stage}: the old artifact is kept as {stage}.old-{number}")
 
-    def _train(self, stage: str, train: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    def _train(self, stage: str, inputs: dict[str, Any]) -> dict[str, Any]:
         folder = self.dir / stage
         folder.mkdir(exist_ok=True)
         resumed, _ = latest_checkpoint(folder / "checkpoints")
@@ -271,7 +270,7 @@ class Run(RunDir):
         tracker = open_tracker(self.cfg.tracker, folder, names, inputs)
         try:
             with checkpointing():
-                result = train(self.cfg, Context(
+                result = importlib.import_module(f"stages.{stage}").run(self.cfg, Context(
                     stage=stage, folder=folder, data=data, renderer=self.inputs(stage).renderer, device=self.device,
                     parents=self._parent_models(stage), parent_extra=self._parent_extra(stage), tracker=tracker,
                     stopping=stop_asked,

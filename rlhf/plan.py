@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rlhf.artifacts import latest_checkpoint, read_json
 from rlhf.config import Config, Dtype, GateMode, stage_config
 from rlhf.errors import ConfigError, LineageError, RLHFError
-from rlhf.manifest import STARTED, VERDICT, differences, read_manifest
+from rlhf.manifest import STARTED, VERDICT, differences, read_manifest, recipe_of
 from rlhf.pipeline import PARENTS, Run
 
 MIB = 1024**2
@@ -80,8 +79,7 @@ def _action(run: Run, stage: str, dirty: set[str]) -> tuple[str, str]:
     if stage == "rm":
         run.use_rankings()
     try:
-        recipe = importlib.import_module(f"stages.{stage}").RECIPE
-        inputs = run.stage_inputs_of(stage, recipe)
+        inputs = run.stage_inputs_of(stage, recipe_of(stage))
     except RLHFError as error:
         return "refused", str(error).split("\n")[0]
     if manifest is not None:

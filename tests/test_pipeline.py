@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -414,3 +415,13 @@ def test_a_refused_command_leaves_the_runs_config_as_it_was(lab: Lab) -> None:
 def test_parents_that_are_no_run_directory(lab: Lab) -> None:
     with pytest.raises(ConfigError, match=r"run\.parents: .*typo is not a run directory"):
         lab.run(run__parents=str(lab.folder / "typo"), stage=Stage.ppo)
+
+
+def test_a_recipe_is_read_without_importing_its_stage() -> None:
+    code = (
+        "import sys; from rlhf.manifest import recipe_of; found = [recipe_of(s) for s in ('sft', 'rm', 'ppo')];"
+        "assert not {'stages.sft', 'stages.rm', 'stages.ppo', 'trl'} & set(sys.modules);"
+        "import stages.sft, stages.rm, stages.ppo;"
+        "assert found == [stages.sft.RECIPE, stages.rm.RECIPE, stages.ppo.RECIPE]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
