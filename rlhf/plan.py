@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.artifacts import latest_checkpoint, read_json
-from rlhf.config import Config, Dtype, GateMode, stage_config
+from rlhf.config import Config, CriticInit, GateMode, LoraConfig, stage_config
 from rlhf.errors import ConfigError, LineageError, RLHFError
+from rlhf.lora import add_lora
 from rlhf.manifest import STARTED, VERDICT, differences, read_manifest, recipe_of
 from rlhf.pipeline import PARENTS, Run
 
@@ -114,35 +116,55 @@ def _batches(cfg: Config) -> Table:
     return table
 
 
-def _parameters(run: Run) -> int:
-    """The number of weights by the model's configuration alone."""
+def _skeleton(run: Run) -> Any:
+    """The model by its configuration alone, without weights."""
     model, trust = run.cfg.model, run.cfg.model.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(run.base(), revision=model.revision, trust_remote_code=trust)
         with torch.device("meta"):
-            made = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.path: {run.base()} has no readable config.json: {str(error).splitlines()[0]}"
         ) from error
-    return sum(p.numel() for p in made.parameters())
+
+
+def _adapter(run: Run, lora: LoraConfig) -> int:
+    """The number of weights of one adapter."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in add_lora(_skeleton(run), lora, 0).parameters() if p.requires_grad)
+
+
+def role_sizes(run: Run) -> list[tuple[str, int, int]]:
+    """What each role holds in memory of its own: its name, the weights, and how many of them are trained. Heads, of
+    some thousand weights, are left out."""
+    cfg, base = run.cfg, sum(p.numel() for p in _skeleton(run).parameters())
+    sizes = []
+    for stage in ("sft", "rm"):
+        lora = getattr(cfg, stage).lora
+        trained = _adapter(run, lora) if lora.enabled else base
+        sizes.append((f"{stage} model", base + trained if lora.enabled else base, trained))
+    if not cfg.ppo.lora.enabled:
+        trains = ["ppo policy", "ppo critic"] if cfg.ppo.has_critic else ["ppo policy"]
+        return [*sizes, *((role, base, base) for role in trains), ("ppo reference", base, 0), ("ppo reward", base, 0)]
+    policy, shared = _adapter(run, cfg.ppo.lora), cfg.rm.lora.enabled and cfg.rm.artifact is None
+    reward = _adapter(run, cfg.rm.lora) if shared else base
+    critic = reward if shared and cfg.ppo.critic_init is CriticInit.reward else policy
+    sizes += [("ppo shared base", base, 0), ("ppo policy", policy, policy)]
+    sizes += [("ppo critic", critic, critic)] if cfg.ppo.has_critic else []
+    return [*sizes, ("ppo reference", 0, 0), ("ppo reward", reward, 0)]
 
 
 def _memory(run: Run) -> Table:
-    """Bytes of weights, gradients and Adam's two moments by role; activations come on top."""
+    """Bytes of weights, gradients and Adam's two moments by role; activations come on top. All are in fp32: with
+    model.dtype=bfloat16 only the arithmetic is not."""
     table = Table(title="memory on one rank, without activations", title_justify="left")
     for column in ("role", "parameters", "weights MiB", "gradients MiB", "optimizer MiB", "checkpoint MiB"):
         table.add_column(column, justify="right")
-    base = run.base()
-    if run.world is not None and not Path(base).is_dir():
+    if run.world is not None and not Path(run.base()).is_dir():
         table.add_row("built by the world on the first run", *[""] * 5)
         return table
-    count = _parameters(run)
-    size = 4 if run.cfg.model.dtype is Dtype.float32 else 2
-    weights = count * size / MIB
-    roles = [("sft model", True), ("rm model", True), ("ppo policy", True), ("ppo critic", True),
-             ("ppo reference", False), ("ppo reward", False)]  # fmt: skip
-    for role, trained in roles:
-        cells = [weights, weights if trained else 0, 2 * weights if trained else 0, 3 * weights if trained else 0]
-        table.add_row(role, f"{count:,}", *(f"{cell:,.1f}" for cell in cells))
+    for role, held, trained in role_sizes(run):
+        cells = [numbers * 4 / MIB for numbers in (held, trained, 2 * trained, 3 * trained)]
+        table.add_row(role, f"{held:,}", *(f"{cell:,.1f}" for cell in cells))
     return table
