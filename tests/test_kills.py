@@ -61,6 +61,9 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 def same(broken: Path, whole: Path) -> None:
     """One stage of two runs ended with the same weights to the last bit, and the same record of the way there."""
     assert digests(broken / "model") == digests(whole / "model")
+    factors = [path / "adapter" / "adapter_model.safetensors" for path in (broken, whole)]
+    assert factors[0].exists() == factors[1].exists()
+    assert not factors[0].exists() or factors[0].read_bytes() == factors[1].read_bytes()
     assert read_json(broken / "manifest.json")["digest"] == read_json(whole / "manifest.json")["digest"]
     assert logged(broken) == logged(whole)
     assert not (broken / "checkpoints").exists()
@@ -70,17 +73,24 @@ def resumed(run: Path) -> list[str]:
     return [record["stage"] for record in lines(run / "ledger.jsonl") if record["event"] == "resumed"]
 
 
-def test_killed_in_every_stage_it_ends_as_an_unbroken_run(lab: Lab) -> None:
-    run = lab.run("killed")
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_killed_in_every_stage_it_ends_as_an_unbroken_run(lab: Lab, tuning: str) -> None:
+    name, whole, arguments = f"killed-{tuning}", "whole", lab.arguments
+    if tuning == "lora":
+        whole, arguments = "whole-lora", [*arguments, "lora=r16"]
+        unbroken = rlhf(*arguments, f"run.name={whole}", cwd=lab.folder)
+        assert unbroken.returncode in FAILED_GATES, unbroken.stderr
+        assert (lab.run(whole) / "ppo" / "adapter").is_dir()
+    run = lab.run(name)
     for stage in STAGES:
-        code = interrupt(*lab.arguments, "run.name=killed", cwd=lab.folder, when=half_way(run / stage))
+        code = interrupt(*arguments, f"run.name={name}", cwd=lab.folder, when=half_way(run / stage))
         assert code == -signal.SIGKILL
         assert not (run / stage / "manifest.json").exists(), "the stage ended before it was killed"
-    last = rlhf(*lab.arguments, "run.name=killed", cwd=lab.folder)
+    last = rlhf(*arguments, f"run.name={name}", cwd=lab.folder)
     assert last.returncode in FAILED_GATES, last.stderr
     assert resumed(run) == list(STAGES)
     for stage in STAGES:
-        same(run / stage, lab.run("whole") / stage)
+        same(run / stage, lab.run(whole) / stage)
 
 
 SIGNALS = [("sft", signal.SIGTERM), ("rm", signal.SIGTERM), ("ppo", signal.SIGTERM), ("ppo", signal.SIGINT)]

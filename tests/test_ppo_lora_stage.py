@@ -157,6 +157,14 @@ def test_metrics_start_where_the_policy_is_its_reference_and_move(unbroken: Path
     assert abs(lines[3]["kl/mean"]) > 1e-3 and lines[2]["critic/grad_norm"] > 0
 
 
+def test_activation_checkpointing_changes_no_sampled_token(tmp_path: Path, unbroken: Path, parents: Parents) -> None:
+    cfg = settings(keep_checkpoints=9)
+    cfg.model.activation_checkpointing = True
+    ppo.run(cfg, stage(tmp_path, parents))
+    for a, b in zip(metrics(tmp_path), metrics(unbroken), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
 def test_what_is_saved_is_the_live_policy_merged_and_as_an_adapter(tmp_path: Path, parents: Parents) -> None:
     given = stage(tmp_path, parents)
     loop = ppo.Loop(settings(), given)
