@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.adapters import RoleModel
 from rlhf.artifacts import checkpoints
-from rlhf.config import KlConfig, LoraConfig
+from rlhf.config import Estimator, KlConfig, LoraConfig
 from rlhf.errors import Preempted
 from rlhf.plan import role_sizes
 from rlhf.rollout import sequence_logprobs
@@ -192,6 +192,17 @@ def test_the_kl_budget_keeps_the_best_adapter(tmp_path: Path, parents: Parents) 
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {key.replace("own.", "base_model.model.") for key in best} == saved.keys()
     assert all(torch.equal(saved[key.replace("own.", "base_model.model.")], tensor) for key, tensor in best.items())
+
+
+def test_an_average_is_kept_and_a_critic_is_not_needed(tmp_path: Path, parents: Parents) -> None:
+    cfg = settings(estimator=Estimator.rloo, group=2, ema=0.5)
+    ppo.run(cfg, stage(tmp_path, parents))
+    step = checkpoints(tmp_path / "checkpoints")[-1]
+    assert not (step / "critic.safetensors").exists()
+    policy, average = (load_file(step / f"{name}.safetensors") for name in ("policy", "average"))
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(saved[key.replace("own.", "base_model.model.")], kept) for key, kept in average.items())
+    assert policy.keys() == average.keys() and any(not torch.equal(policy[key], average[key]) for key in policy)
 
 
 @pytest.mark.slow
