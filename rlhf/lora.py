@@ -37,8 +37,11 @@ def is_lora(model: Any) -> bool:
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """Write the adapter (and a reward model's head) for `peft.PeftModel.from_pretrained`."""
-    model.save_pretrained(folder)
+    """Write the adapter (and a reward model's head) for `peft.PeftModel.from_pretrained` on the model it started from.
+
+    Embeddings stay out: a row that was added for a pad token is never read, and with it the adapter would not load.
+    """
+    model.save_pretrained(folder, save_embedding_layers=False)
 
 
 def merge_lora(model: Any) -> Any:

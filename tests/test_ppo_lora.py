@@ -33,8 +33,8 @@ from reward_models.trained import TrainedReward
 from rlhf.adapters import Scorer, SharedBase
 from rlhf.config import CriticInit, LoraConfig, ModelConfig
 from rlhf.errors import ConfigError
-from rlhf.lora import add_lora
-from rlhf.models import load_policy, load_reward_model, save_model
+from rlhf.lora import add_lora, open_adapter
+from rlhf.models import load_policy, load_reward_model, save_model, score_ids
 from rlhf.ppo.checks import check_first_rollout
 from rlhf.ppo.episodes import Episode, compare, read_values
 from rlhf.ppo.roles import Critic, Roles, share
@@ -167,6 +167,14 @@ def test_the_reward_on_the_base_scores_what_it_scores_alone(parents: Parents) ->
     assert not any(p.requires_grad for p in shared.model.parameters())
     second = TrainedReward(str(parents.rm), shared_base=base)  # another reward on the same base
     assert second.score([""] * 3, texts, rows) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_the_reward_models_adapter_opens_on_the_sft_model_that_lacks_its_pad_token(parents: Parents) -> None:
+    start = load_reward_model(parents.sft, ModelConfig(), CPU, init_head=True)
+    opened = open_adapter(start, parents.rm.parent / "adapter")
+    rows = [[5, 6, 7], [8, 9]]
+    merged = load_reward_model(parents.rm, ModelConfig(), CPU)
+    assert score_ids(opened, rows, 64) == pytest.approx(score_ids(merged, rows, 64), abs=1e-6)
 
 
 def test_a_holdout_and_the_parts_of_a_sum_share_the_base_too(tmp_path: Path, parents: Parents) -> None:
