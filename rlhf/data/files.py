@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import re
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import Any
 
 from rlhf.artifacts import canonical, sha256_file
 from rlhf.config import SourceConfig
+from rlhf.data.rows import shown
 from rlhf.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
@@ -194,9 +196,32 @@ def _parquet_rows(path: Path) -> list[Row]:
     with tempfile.TemporaryDirectory() as cache:  # nothing is left in the user's cache
         try:
             table = datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
-            return [Row(n, value) for n, value in enumerate(table, 1)]
+            return [_checked_row(n, value) for n, value in enumerate(table, 1)]
         except datasets.exceptions.DatasetGenerationError as error:
             raise ValueError(str(error.__cause__ or error)) from error
+
+
+def _checked_row(line: int, value: Any) -> Row:
+    """A row of a typed table, whose fields may hold more than JSON has: that is a problem which names the field."""
+    found = _not_json(value)
+    if found is None:
+        return Row(line, value)
+    field, bad = found
+    return Row(line, problem=f"field `{field}` is {shown(bad)}, which JSON cannot hold: make it text or drop it")
+
+
+def _not_json(value: Any, name: str = "") -> tuple[str, Any] | None:
+    """The first part of a value, with its path, that is not made of text, finite numbers, booleans, null, lists and
+    objects."""
+    if isinstance(value, dict):
+        inner = ((f"{name}.{key}" if name else str(key), item) for key, item in value.items())
+    elif isinstance(value, list):
+        inner = ((f"{name}[{i}]", item) for i, item in enumerate(value))
+    elif isinstance(value, float):
+        return None if math.isfinite(value) else (name, value)
+    else:
+        return None if value is None or isinstance(value, str | int) else (name, value)
+    return next((found for path, item in inner if (found := _not_json(item, path)) is not None), None)
 
 
 def _may_be_hub_id(path: str) -> bool:
@@ -217,8 +242,8 @@ def _read_hub(source: SourceConfig, key: str) -> Table:
         ) from error
     if not values:
         raise DataError(f"{key}.path={source.path}: split {source.split} is empty")
+    rows = [_checked_row(n, value) for n, value in enumerate(values, 1)]
     digest = hashlib.sha256()
-    for value in values:
-        digest.update(canonical(value).encode())
-    rows = [Row(n, value) for n, value in enumerate(values, 1)]
+    for row in rows:
+        digest.update((canonical(row.value) if row.problem is None else row.problem).encode())
     return Table(f"{source.path}[{source.split}]", "sha256:" + digest.hexdigest(), rows)
