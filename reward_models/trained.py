@@ -17,13 +17,16 @@ class TrainedReward:
     artifact: folder (or hub id) of the model, with its own tokenizer, which need not be the policy's.
     micro_tokens: tokens of one forward pass, padding included; it cannot change the result.
     device: auto, cpu or cuda.
+    trust_remote_code: run code that the folder holds; PPO gives model.trust_remote_code.
     shared_base: given by PPO with LoRA. A reward model that is an adapter on this base is not loaded a second time.
     """
 
     def __init__(
-        self, artifact: str, micro_tokens: int = 8192, device: str = "auto", shared_base: SharedBase | None = None
-    ) -> None:
-        config, where = ModelConfig(path=artifact), pick_device(LaunchConfig(device=device))
+        self, artifact: str, micro_tokens: int = 8192, device: str = "auto", trust_remote_code: bool = False,
+        shared_base: SharedBase | None = None,
+    ) -> None:  # fmt: skip
+        config = ModelConfig(path=artifact, trust_remote_code=trust_remote_code)
+        where = pick_device(LaunchConfig(device=device))
         self.micro_tokens = micro_tokens
         self.renderer = Renderer(load_tokenizer(artifact, config))
         shared = shared_base.scorer(artifact, where) if shared_base is not None else None

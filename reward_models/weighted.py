@@ -23,14 +23,15 @@ class WeightedSum:
 
     parts: by name, nodes with `_target_`, `weight` and the arguments of the target.
     artifact: the reward model of a part that names none; PPO gives that of the run.
-    shared_base: given by PPO with LoRA, for the parts that take it.
+    trust_remote_code, shared_base: given by PPO, for the parts that take them.
     """
 
     mean, std = 0.0, 1.0  # the parts are normalised already
 
     def __init__(
-        self, parts: Mapping[str, Mapping[str, Any]], artifact: str | None = None, shared_base: SharedBase | None = None
-    ) -> None:
+        self, parts: Mapping[str, Mapping[str, Any]], artifact: str | None = None, trust_remote_code: bool = False,
+        shared_base: SharedBase | None = None,
+    ) -> None:  # fmt: skip
         if not parts:
             raise ConfigError("reward.parts: is empty: give at least one part")
         model = None if artifact is None else Path(artifact)
@@ -43,7 +44,9 @@ class WeightedSum:
                 raise ConfigError(f"{key}.weight: must be a number, not {weight!r}")
             self.weights[name] = float(weight)
             node = {k: v for k, v in part.items() if k != "weight"}
-            self.parts[name] = build_reward(node, model, key=key, shared_base=shared_base)
+            self.parts[name] = build_reward(
+                node, model, key=key, shared_base=shared_base, trust_remote_code=trust_remote_code
+            )  # fmt: skip
         self.details: dict[str, list[float]] = {}
 
     def score(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -98,6 +98,8 @@ def _load(auto: Any, path: str | Path, model: ModelConfig, **options: Any) -> tu
                 output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=None, **options,
             )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(f"{where}: holds code of its own, which model.trust_remote_code=true runs") from error
         raise ConfigError(f"{where}: cannot be loaded as a model: {str(error).strip().splitlines()[0]}") from error
     if info["mismatched_keys"]:
         names = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
@@ -230,17 +232,18 @@ def score_ids(model: Any, rows: Sequence[list[int]], micro_tokens: int) -> list[
     return scores
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_model(model: Any, tokenizer: Any, folder: Path, *, trust_remote_code: bool = False) -> None:
     """Write model and tokenizer to `folder` as safetensors, open it as a user would and compare.
 
     TrainingError if a tensor is empty, not finite, missing, or if outputs on a probe batch differ from the live
     model's. `folder` is the temporary one of `artifacts.atomic_folder`, so that a bad save never takes its place.
+    trust_remote_code: of the model's config; the folder then holds the model's own code, which opening it runs.
     """
     model.config.use_cache = True  # Trainer turns it off; a saved policy should generate quickly
     with _quiet():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    reopened = _reopen(model, folder)
+    reopened = _reopen(model, folder, trust_remote_code)
     live = model.state_dict()
     for name, tensor in reopened.state_dict().items():
         if tensor.numel() == 0 or not torch.isfinite(tensor).all():
@@ -252,13 +255,15 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
         raise TrainingError(f"{folder.name}: the saved model's outputs differ from the trained model's by {gap:.2g}")
 
 
-def _reopen(model: Any, folder: Path) -> Any:
+def _reopen(model: Any, folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     scores = type(model).__name__.endswith("ForSequenceClassification")
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     with _quiet():
-        reopened, info = auto.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+        reopened, info = auto.from_pretrained(
+            folder, dtype=model.dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )  # fmt: skip
     if info["missing_keys"]:
         raise TrainingError(f"{folder.name}: the saved model lacks {_some(info['missing_keys'])}")
     return reopened.eval()

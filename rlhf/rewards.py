@@ -44,16 +44,19 @@ def check_reward(node: Any, model: Path | None = None, key: str = "reward") -> d
 
 def build_reward(
     node: Any, model: Path | None = None, extra: Mapping[str, Any] | None = None, key: str = "reward",
-    shared_base: Any = None,
+    shared_base: Any = None, trust_remote_code: bool = False,
 ) -> BuiltReward:  # fmt: skip
     """Build the configured reward. `model` is the run's reward model and `extra` what its manifest stores about it.
 
     shared_base: what PPO's roles share with LoRA, for a class that takes an argument of this name.
+    trust_remote_code: of the run's models, likewise; a node that gives it itself decides.
     """
     arguments = check_reward(node, model, key)
     target = find(node, key)
-    if shared_base is not None and "shared_base" in inspect.signature(target).parameters:
-        arguments["shared_base"] = shared_base
+    offered = {"shared_base": shared_base, "trust_remote_code": trust_remote_code or None}
+    for name in offered.keys() & inspect.signature(target).parameters.keys():
+        if offered[name] is not None:
+            arguments.setdefault(name, offered[name])
     reward = target(**arguments)
     if not callable(getattr(reward, "score", None)):
         raise ConfigError(

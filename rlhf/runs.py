@@ -30,14 +30,19 @@ class StageRecord:
             raise ConfigError(f"{self.folder}: the stage has not finished: there is no {MANIFEST}")
         return model_folder(self.folder, self.manifest)
 
-    def model(self) -> Any:
-        """The model and its tokenizer, loaded with plain transformers."""
+    def model(self, *, trust_remote_code: bool = False) -> Any:
+        """The model and its tokenizer, loaded with plain transformers.
+
+        trust_remote_code: run code that the model folder holds. The caller says so and not the run's config.yaml, since
+        a run directory may be someone else's.
+        """
         import torch
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
         kind = AutoModelForSequenceClassification if self.folder.name == "rm" else AutoModelForCausalLM
-        model = kind.from_pretrained(self.model_path, dtype=torch.float32)
-        return model.eval(), AutoTokenizer.from_pretrained(self.model_path)
+        trust = {"trust_remote_code": trust_remote_code}
+        model = kind.from_pretrained(self.model_path, dtype=torch.float32, **trust)
+        return model.eval(), AutoTokenizer.from_pretrained(self.model_path, **trust)
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,11 +176,16 @@ class Clock:
 def open_rewards(cfg: Config, context: Context, base: SharedBase | None) -> Rewards:
     """The configured reward and the holdout, and a line about what their scores are divided by."""
     stored: Mapping[str, Any] = context.parent_extra.get("rm", {})
-    paid = build_reward(cfg.reward, context.parents.get("rm"), stored, shared_base=base)
+    trust = cfg.model.trust_remote_code
+    paid = build_reward(
+        cfg.reward, context.parents.get("rm"), stored, shared_base=base, trust_remote_code=trust
+    )  # fmt: skip
     if cfg.ppo.normalize_reward and paid.std is None:
         say(f"ppo: {type(paid.reward).__name__} stores no mean and std: its rewards are used as they are")
     spec = holdout_node(cfg.ppo.holdout)
-    holdout = None if spec is None else build_reward(spec, key="ppo.holdout", shared_base=base)
+    holdout = None
+    if spec is not None:
+        holdout = build_reward(spec, key="ppo.holdout", shared_base=base, trust_remote_code=trust)
     return Rewards(paid=paid, holdout=holdout)
 
 

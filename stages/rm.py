@@ -154,7 +154,7 @@ def run(cfg: Config, context: Context) -> StageResult:
         model = merge_lora(model)
     model = model.to(DTYPES[cfg.model.dtype]).eval()
     with atomic_folder(context.folder / "model") as part:
-        save_model(model, tokenizer, part)
+        save_model(model, tokenizer, part, trust_remote_code=cfg.model.trust_remote_code)
 
     # 5. Held-out accuracy with its interval, and the scale of the rewards.
     extra = {**reward_scale(model, renderer, context, heldout), "best_update": outcome.best_update}

@@ -78,7 +78,7 @@ def run(cfg: Config, context: Context) -> StageResult:
         model = merge_lora(model)
     model = model.to(DTYPES[cfg.model.dtype]).eval()
     with atomic_folder(context.folder / "model") as part:
-        save_model(model, context.renderer.tokenizer, part)
+        save_model(model, context.renderer.tokenizer, part, trust_remote_code=cfg.model.trust_remote_code)
     return StageResult(
         metrics=report(before, outcome.metrics), stop_reason=outcome.stop_reason, updates=outcome.updates,
         planned_updates=plan.updates, extra={"best_update": outcome.best_update},

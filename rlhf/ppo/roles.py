@@ -133,7 +133,7 @@ def save_policy(policy: Any, cfg: Config, context: Context) -> None:
         start = load_policy(context.parents["sft"], training_config(cfg.model), torch.device("cpu"))
         policy = merge_lora(open_adapter(start, context.folder / "adapter"))
     with atomic_folder(context.folder / "model") as part:
-        save_model(policy, context.renderer.tokenizer, part)
+        save_model(policy, context.renderer.tokenizer, part, trust_remote_code=cfg.model.trust_remote_code)
 
 
 def remove_dropout(model: nn.Module) -> None:
