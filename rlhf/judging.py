@@ -18,7 +18,7 @@ from rlhf.errors import GateError, LineageError
 from rlhf.gates import GateRequest, judge, message, policy_digest, verdict_table
 from rlhf.gates.verdict import ERRORS
 from rlhf.ledger import Ledger
-from rlhf.manifest import VERDICT, describe_environment, model_folder, read_manifest
+from rlhf.manifest import VERDICT, describe_environment, model_folder, read_manifest, write_config
 from rlhf.rundir import RunDir
 
 
@@ -63,6 +63,7 @@ def judge_stage(run: RunDir, stage: str, manifest: dict[str, Any], *, announce: 
         "prev_ledger_hash": run.ledger.head,
     }
     record["verdict_id"] = sha256_text(canonical(record))
+    write_config(folder, run.cfg, gate_only=True)
     write_text(folder / "gate_samples.jsonl", "".join(lenient(row) + "\n" for row in verdict.samples))
     (folder / VERDICT).unlink(
         missing_ok=True

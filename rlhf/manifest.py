@@ -16,7 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rlhf.artifacts import canonical, folder_digest, read_json, sha256_text
+from omegaconf import OmegaConf
+
+from rlhf.artifacts import canonical, folder_digest, read_json, sha256_text, write_text
 from rlhf.config import Config, stage_config
 from rlhf.errors import LineageError
 from rlhf.launch import to_plain
@@ -24,6 +26,7 @@ from rlhf.launch import to_plain
 MANIFEST = "manifest.json"
 STARTED = "started.json"  # the inputs of a stage that is at work; becomes part of the manifest
 VERDICT = "verdict.json"
+CONFIG = "config.yaml"  # of the run, and in each stage's folder as it was trained and judged
 SCHEMA = "rlhf-manifest/1"
 
 # Cannot change the result: how the work is cut, how often it is saved, what an imported model is called.
@@ -159,6 +162,24 @@ def new_manifest(cfg: Config, stage: str, inputs: dict[str, Any]) -> dict[str, A
         "tuning": "lora" if node.lora.enabled else "full", "seed": cfg.seed,
         "started": now(),
     }  # fmt: skip
+
+
+def write_config(folder: Path, cfg: Config, *, gate_only: bool = False) -> None:
+    """Write the resolved configuration beside what was made under it.
+
+    gate_only: replace the gate's part alone, since what is judged again was trained under the rest.
+    """
+    plain = to_plain(cfg)
+    if gate_only and (folder / CONFIG).is_file():
+        plain = {**read_config(folder), "gate": plain["gate"]}
+    write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(plain)))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What `write_config` wrote."""
+    plain = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
 
 
 def now() -> str:

@@ -39,6 +39,7 @@ from rlhf.manifest import (
     read_manifest,
     recipe_of,
     stage_inputs,
+    write_config,
 )
 from rlhf.models import check_positions
 from rlhf.ppo.engines import check_engine
@@ -205,6 +206,7 @@ class Run(RunDir):
             **new_manifest(self.cfg, stage, inputs), "imported": str(model), "digest": digest, "tuning": "imported",
             "finished": now(), "stop_reason": "imported", "metrics": {}, "extra": {},
         }  # fmt: skip
+        write_config(folder, self.cfg)
         write_json(folder / MANIFEST, manifest)
         self.ledger.append("imported", stage=stage, digest=digest, path=str(model))
         return manifest
@@ -260,6 +262,7 @@ class Run(RunDir):
         resumed, _ = latest_checkpoint(folder / "checkpoints")
         say(f"{stage}: {f'resumed from {resumed.name}' if resumed else 'started'}")
         manifest = new_manifest(self.cfg, stage, inputs)
+        write_config(folder, self.cfg)
         if not (folder / STARTED).exists():
             write_json(folder / STARTED, {"inputs": inputs, "started": manifest["started"]})
         self.ledger.append("resumed" if resumed else "started", stage=stage, fingerprint=manifest["fingerprint"])

@@ -9,15 +9,17 @@ from typing import Any
 from rlhf.artifacts import read_json
 from rlhf.config import STAGES
 from rlhf.errors import ConfigError
-from rlhf.manifest import MANIFEST, VERDICT, model_folder, read_manifest
+from rlhf.manifest import CONFIG, MANIFEST, VERDICT, model_folder, read_config, read_manifest
 from rlhf.tracking import read_lines
 
 
 @dataclass(frozen=True, slots=True)
 class StageRecord:
-    """One stage as it lies on disk; `metrics` are the lines of metrics.jsonl."""
+    """One stage as it lies on disk. `metrics` are the lines of metrics.jsonl; `config` is that of the whole command as
+    it trained the stage, with the gate's part as it judged it."""
 
     folder: Path
+    config: dict[str, Any] | None
     manifest: dict[str, Any] | None
     verdict: dict[str, Any] | None
     metrics: list[dict[str, Any]]
@@ -54,20 +56,17 @@ class RunRecord:
 
 def load_run(path: str | Path) -> RunRecord:
     """Read a run directory. Stages that have not run are there, with `manifest` None."""
-    from omegaconf import OmegaConf
-
     root = Path(path)
-    if not (root / "config.yaml").is_file():
-        raise ConfigError(f"{root}: not a run directory: there is no config.yaml")
-    config = OmegaConf.to_container(OmegaConf.load(root / "config.yaml"))
-    assert isinstance(config, dict)
-    return RunRecord(root, {str(k): v for k, v in config.items()}, {s: _stage(root / s) for s in STAGES})
+    if not (root / CONFIG).is_file():
+        raise ConfigError(f"{root}: not a run directory: there is no {CONFIG}")
+    return RunRecord(root, read_config(root), {s: _stage(root / s) for s in STAGES})
 
 
 def _stage(folder: Path) -> StageRecord:
     verdict, metrics, samples = folder / VERDICT, folder / "metrics.jsonl", folder / "samples.jsonl"
     return StageRecord(
         folder=folder,
+        config=read_config(folder) if (folder / CONFIG).exists() else None,
         manifest=read_manifest(folder),
         verdict=read_json(verdict) if verdict.exists() else None,
         metrics=read_lines(metrics) if metrics.exists() else [],

@@ -8,17 +8,15 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from rich.table import Table
 
-from rlhf.artifacts import read_json, write_json, write_text
+from rlhf.artifacts import read_json, write_json
 from rlhf.config import STAGES, Config, Do, GateMode, Stage
 from rlhf.console import say, show
 from rlhf.doctor import examine
 from rlhf.errors import ConfigError, LineageError, RLHFError, TrainingError
 from rlhf.judging import judge_stage
-from rlhf.launch import to_plain
-from rlhf.manifest import model_folder, read_manifest
+from rlhf.manifest import model_folder, read_manifest, write_config
 from rlhf.pipeline import Run
 from rlhf.plan import plan_tables
 from rlhf.sampling import sample_rankings
@@ -72,7 +70,7 @@ def _run(work: Run, stages: tuple[str, ...]) -> int:
     work.validate(stages)
     for stage in stages:
         judgement = work.run_stage(stage)
-        write_text(work.dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_plain(cfg))))  # not if refused
+        write_config(work.dir, cfg)  # not if refused
         if not judgement.passed and cfg.gate.mode is GateMode.enforce:
             break
     failed = work.failed

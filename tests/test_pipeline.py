@@ -33,6 +33,7 @@ from rlhf.config import (
 from rlhf.errors import ConfigError, DataError, GateError, Invalid, LineageError, TrainingError
 from rlhf.gates.verdict import Finding, Verdict
 from rlhf.ledger import Ledger
+from rlhf.runs import load_run
 from rlhf.types import StageResult
 
 REMEDY = ["tighten the belt", "change the fuse", "oil the joint", "reboot twice"]
@@ -410,6 +411,24 @@ def test_a_refused_command_leaves_the_runs_config_as_it_was(lab: Lab) -> None:
     with pytest.raises(ConfigError):
         lab.run(seed=7)
     assert lab.path("config.yaml").read_text() == before
+
+
+def test_each_stages_config_lies_beside_its_verdict(lab: Lab, tiny_model: Path) -> None:
+    """As it was trained; the gate's part as it was judged, and a stage that is not made again keeps its own."""
+    lab.run(stage=Stage.sft)
+    lab.run(stage=Stage.rm, sft__optim__epochs=9.0, gate__sft={"degenerate": CheckConfig(max=0.25)})
+    sft, rm = load_run(lab.path("")).stages["sft"].config, load_run(lab.path("")).stages["rm"].config
+    assert sft and rm
+    assert sft["sft"]["optim"]["epochs"] == lab.config().sft.optim.epochs != 9.0 == rm["sft"]["optim"]["epochs"]
+    assert sft["gate"]["sft"]["degenerate"]["max"] == rm["gate"]["sft"]["degenerate"]["max"] == 0.25
+    assert (sft["stage"], rm["stage"]) == ("sft", "rm")
+    kept = (lab.path("sft") / "config.yaml").read_text()
+    lab.run(stage=Stage.sft, launch__threads=1, gate__sft={"degenerate": CheckConfig(max=0.25)})
+    assert (lab.path("sft") / "config.yaml").read_text() == kept
+    other = str(lab.folder / "other")
+    lab.run(stage=Stage.sft, sft__artifact=str(tiny_model), run__dir=other, run__name="other")
+    imported = load_run(other).stages["sft"].config
+    assert imported and imported["sft"]["artifact"] == str(tiny_model)
 
 
 def test_parents_that_are_no_run_directory(lab: Lab) -> None:

@@ -88,7 +88,7 @@ def test_ppo_opens_a_reward_model_as_the_runs_config_says(reward_model: Path) ->
 
 def test_a_record_runs_a_folders_code_only_if_the_caller_says_so(reward_model: Path) -> None:
     folder = reward_model.parent
-    record = StageRecord(folder, {"imported": None}, None, [], [])
+    record = StageRecord(folder, None, {"imported": None}, None, [], [])
     with pytest.raises(ValueError, match="trust_remote_code"):
         record.model()
     model, _ = record.model(trust_remote_code=True)
