@@ -195,6 +195,7 @@ class _Decoder:
         self.padded = longest > min(len(prompt) for prompt in prompts)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.cache = DynamicCache(config=model.config)
+        self.prompts = prompts
         self.rows = list(range(len(prompts)))  # the row of the group that each row of the batch is
         self.seeds = list(seeds)
         self.noise: list[_Noise] = []
@@ -208,8 +209,7 @@ class _Decoder:
             if self.sampling.temperature > 0:
                 logits_BV = logits_BV / self.sampling.temperature
             logp_BV = logits_BV.log_softmax(-1)
-            greedy = self.sampling.temperature == 0
-            token_B = (logp_BV if greedy else logp_BV + self._noise(step, logp_BV)).argmax(-1)
+            token_B = self._choose(step, logp_BV)
             logp_B = logp_BV.gather(1, token_B.unsqueeze(1)).squeeze(1)
             tokens, logprobs = token_B.tolist(), logp_B.tolist()
             for row, token, logprob in zip(self.rows, tokens, logprobs, strict=True):
@@ -232,6 +232,10 @@ class _Decoder:
         )  # fmt: skip
         logits: Tensor = out.logits[:, -1]
         return logits
+
+    def _choose(self, step: int, logp_BV: Tensor) -> Tensor:
+        """The next token of each row that is left."""
+        return (logp_BV if self.sampling.temperature == 0 else logp_BV + self._noise(step, logp_BV)).argmax(-1)
 
     def _noise(self, step: int, like_BV: Tensor) -> Tensor:
         if not self.noise:
