@@ -125,7 +125,38 @@ def response_logits(model: Any, rows: Rows) -> Tensor:
 
 def token_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
     """log p(target) at `temperature`, at least in fp32."""
-    return -functional.cross_entropy(widen(logits_NV) / temperature, targets_N, reduction="none")
+    return -functional.cross_entropy(_at(logits_NV, temperature), targets_N, reduction="none")
+
+
+class _LogprobAndEntropy(torch.autograd.Function):
+    """One softmax for both, kept for the backward pass: log_softmax and gather would write four tensors of its size."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        logp_NV = logits_NV.log_softmax(-1)
+        logp_N = logp_NV.gather(1, targets_N.unsqueeze(1)).squeeze(1)
+        p_NV = logp_NV.exp()
+        # The clamp keeps 0 * log 0 at 0. It comes after `logp_N` was read.
+        entropy_N = -torch.linalg.vecdot(p_NV, logp_NV.clamp_(min=-1e4))
+        ctx.save_for_backward(p_NV, targets_N)
+        ctx.mark_non_differentiable(entropy_N)
+        return logp_N, entropy_N
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor, _entropy: Tensor) -> tuple[Tensor, None]:
+        p_NV, targets_N = ctx.saved_tensors
+        grad_NV = p_NV * -grad_N.unsqueeze(1)
+        return grad_NV.scatter_add_(1, targets_N.unsqueeze(1), grad_N.unsqueeze(1)), None
+
+
+def logprob_and_entropy(logits_NV: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(log p(target), entropy in nats) of each row at `temperature`, at least in fp32. The entropy has no gradient."""
+    out: tuple[Tensor, Tensor] = _LogprobAndEntropy.apply(_at(logits_NV, temperature), targets_N)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _at(logits_NV: Tensor, temperature: float) -> Tensor:
+    return widen(logits_NV) if temperature == 1 else widen(logits_NV) / temperature
 
 
 def widen(x: Tensor) -> Tensor:

@@ -5,13 +5,23 @@ In float64, on a Llama shape and a GPT-2 shape: rotary positions forgive a missi
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from rlhf.rollout import Sampling, collate, generate, micro_batches, response_logits, seed_of, sequence_logprobs
+from rlhf.rollout import (
+    Sampling,
+    collate,
+    generate,
+    logprob_and_entropy,
+    micro_batches,
+    response_logits,
+    seed_of,
+    sequence_logprobs,
+)
 
 VOCABULARY, EOS = 13, 1
 PROMPTS = [[3, 4, 5], [7] * 9, [2, 3, 1, 0, 6], [9], [3, 4, 5], [12, 0, 0, 2, 8, 8]]
@@ -117,6 +127,31 @@ def test_only_response_positions_reach_the_output_layer(model: Any) -> None:
     assert rows.targets_N.tolist() == [6, 1, 2, 3, 4, 1]
     with torch.no_grad():
         assert response_logits(model, rows).shape == (6, VOCABULARY)
+
+
+def test_logprob_and_entropy_by_hand() -> None:
+    """p = (1/2, 1/4, 1/4, 0) at temperature 1; the gradient of log p_t is (onehot_t - p) / temperature."""
+    weights = torch.tensor([2.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    logits = weights.log().expand(2, 4).clone().requires_grad_()
+    logp, entropy = logprob_and_entropy(logits, torch.tensor([0, 2]), 1.0)
+    assert logp.tolist() == pytest.approx([-math.log(2), -math.log(4)], abs=1e-12)
+    assert entropy.tolist() == pytest.approx([1.5 * math.log(2)] * 2, abs=1e-12)
+    assert not entropy.requires_grad
+    (logp * torch.tensor([1.0, 3.0])).sum().backward()
+    expected = [[0.5, -0.25, -0.25, 0.0], [-1.5, -0.75, 2.25, 0.0]]
+    assert logits.grad is not None
+    assert torch.allclose(logits.grad, torch.tensor(expected, dtype=torch.float64), atol=1e-12)
+
+
+def test_logprob_and_entropy_at_a_temperature() -> None:
+    """Squared weights at temperature 1/2: p = (4, 1, 1) / 6, whose gradient is doubled."""
+    logits = torch.tensor([[2.0, 1.0, 1.0]], dtype=torch.float64).log().requires_grad_()
+    logp, entropy = logprob_and_entropy(logits, torch.tensor([1]), 0.5)
+    logp.sum().backward()
+    assert float(logp.detach()) == pytest.approx(-math.log(6), abs=1e-12)
+    assert float(entropy) == pytest.approx(2 / 3 * math.log(1.5) + math.log(6) / 3, abs=1e-12)
+    assert logits.grad is not None
+    assert logits.grad.tolist()[0] == pytest.approx([-4 / 3, 5 / 3, -1 / 3], abs=1e-12)
 
 
 def test_micro_batches_are_sorted_and_keep_the_budget() -> None:

@@ -22,7 +22,15 @@ from rlhf.ppo.episodes import Episode
 from rlhf.ppo.finite import require_finite
 from rlhf.ppo.ptx import Document, draw_documents
 from rlhf.ppo.roles import Critic, Roles
-from rlhf.rollout import Rows, collate, micro_batches, response_logits, seed_of, token_logprobs, widen
+from rlhf.rollout import (
+    Rows,
+    collate,
+    logprob_and_entropy,
+    micro_batches,
+    response_logits,
+    seed_of,
+    token_logprobs,
+)
 
 Sums = defaultdict[str, float]
 
@@ -169,8 +177,9 @@ class Learner:
 
     def _policy_loss(self, rows: Rows, chosen: Sequence[Episode], sums: Sums) -> Tensor:
         cfg = self.cfg
-        all_logp_NV = (widen(response_logits(self.roles.policy, rows)) / cfg.temperature).log_softmax(-1)
-        logp_N = all_logp_NV.gather(1, rows.targets_N.unsqueeze(1)).squeeze(1)
+        logits_NV = response_logits(self.roles.policy, rows)
+        logp_N, entropy_N = logprob_and_entropy(logits_NV, rows.targets_N, cfg.temperature)
+        del logits_NV  # the backward pass does not need it
         old_N, advantages_N = self._together([e.logp for e in chosen]), self._together([e.advantages for e in chosen])
         loss_N = clipped_policy_loss(logp_N, old_N, advantages_N, cfg.clip, cfg.dual_clip)
         if cfg.kl.place is KlPlace.loss:
@@ -179,7 +188,7 @@ class Learner:
             ratio_N = (logp_N - old_N).exp()
             error_N = (ratio_N - 1).abs()
             sums["policy/loss"] += float(loss_N.sum())
-            sums["policy/entropy"] += float(-(all_logp_NV.exp() * all_logp_NV.clamp(min=-1e4)).sum())
+            sums["policy/entropy"] += float(entropy_N.sum())
             sums["policy/clip_fraction"] += float((error_N > cfg.clip).sum())
             # Sampled from the old policy, so k3 of (old, new) estimates KL(old || new).
             sums["policy/kl_old_new"] += float(kl_k3(old_N, logp_N).sum())
