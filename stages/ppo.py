@@ -120,7 +120,7 @@ class Loop:
             found = self.evaluator.run(self.roles, state.start)
             watch.note_evaluation(state, found, update, self.roles.policy, self.ppo)
         self.context.tracker.samples(found.rows, update)
-        if state.alarms:
+        if state.alarms >= self.ppo.alarm.patience:
             say(f"ppo: update {update}: the reward rises while the holdout reward falls (over-optimisation)")
         return found.metrics
 

@@ -40,7 +40,8 @@ class Progress:
     best_step: int | None = None
     best_reward: float = 0.0
     start: list[float] | None = None  # what the start was judged by, a number for each evaluation prompt
-    peak: dict[str, list[float]] | None = None  # rewards and holdout where the holdout stood highest
+    # Rewards and holdout where the holdout of the prompts with even, with odd places stood highest.
+    peaks: list[dict[str, list[float]]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)  # the last that were logged
     best: Weights | None = None
     average: Weights | None = None

@@ -58,16 +58,26 @@ def note_evaluation(progress: Progress, found: Evaluation, step: int, policy: An
 
 def note_alarm(progress: Progress, found: Evaluation, alarm: AlarmConfig) -> None:
     """Count the evaluations in a row at which the reward is above, and the holdout reward surely below, what they were
-    when the holdout stood highest. Prompts and noise are the same, so differences are taken by prompt."""
+    when the holdout stood highest. Prompts and noise are the same, so differences are taken by prompt.
+
+    The highest of many noisy evaluations is one whose noise was lucky, and a fall from it is seen where there is none.
+    So each half of the prompts is compared with the evaluation at which the *other* half stood highest: its luck is not
+    what it was chosen by (cross-fitting, Chernozhukov et al. 1608.00060).
+    """
     assert found.holdout is not None
-    peak = progress.peak
-    if peak is None or sum(found.holdout) > sum(peak["holdout"]):
-        progress.peak = peak = {"rewards": found.rewards, "holdout": found.holdout}
-    falls = [was - now for now, was in zip(found.holdout, peak["holdout"], strict=True)]
-    names = [str(i) for i in range(len(falls))]
-    fell = len(falls) > 1 and mean_bound(falls, names, alarm.alpha, "lower").bound > 0
-    progress.alarms = progress.alarms + 1 if fell and sum(found.rewards) > sum(peak["rewards"]) else 0
-    found.metrics["eval/holdout_fall"] = sum(falls) / len(falls)
+    n = len(found.holdout)
+    halves = [range(i, n, 2) for i in range(2)]
+    if not progress.peaks:
+        progress.peaks = [{"rewards": found.rewards, "holdout": found.holdout}] * 2
+    for k, half in enumerate(halves):
+        if sum(found.holdout[i] for i in half) > sum(progress.peaks[k]["holdout"][i] for i in half):
+            progress.peaks[k] = {"rewards": found.rewards, "holdout": found.holdout}
+    other = [progress.peaks[1 - i % 2] for i in range(n)]
+    falls = [peak["holdout"][i] - found.holdout[i] for i, peak in enumerate(other)]
+    rise = sum(found.rewards[i] - peak["rewards"][i] for i, peak in enumerate(other))
+    fell = n > 1 and mean_bound(falls, [str(i) for i in range(n)], alarm.alpha, "lower").bound > 0
+    progress.alarms = progress.alarms + 1 if fell and rise > 0 else 0
+    found.metrics["eval/holdout_fall"] = sum(falls) / n
     found.metrics["eval/alarm"] = float(progress.alarms)
 
 
