@@ -248,7 +248,7 @@ def test_the_alarm_counts_evaluations_with_more_reward_and_surely_less_holdout()
 
 
 def test_the_alarm_does_not_fall_for_the_luck_of_the_highest_evaluation() -> None:
-    """Second look: the prompts with even places are lucky, +1 each. Third: their luck is gone, nothing else. A fall from
+    """Second look: the prompts at even places are lucky, +1 each. Third: their luck is gone, nothing else. A fall from
     the highest look would be (1, 0, 1, 0, ...), mean .5 with a standard error of .19, and would ring. By halves: the
     even places stood highest at the second look, where the odd ones have not fallen from; the odd at the first, from
     which the even ones have not fallen. Fourth: all of them fall by 1."""
