@@ -36,6 +36,11 @@ class Overlong(Enum):
     truncate_prompt = "truncate_prompt"
 
 
+class Intransitive(Enum):
+    drop = "drop"
+    keep = "keep"
+
+
 class Schedule(Enum):
     constant = "constant"
     linear = "linear"
@@ -125,6 +130,7 @@ class DataConfig:
     world: Any = None  # `_target_` of a rlhf.types.World that makes all of the above; the quickstart has one
     holdout: float = 0.1  # share of the prompts, by hash of the prompt, that no stage trains on
     max_dirty: float = 0.01
+    intransitive: Intransitive = Intransitive.drop  # rankings from comparisons that contradict each other
     on_overlong: Overlong = Overlong.error
     max_prompt_length: int = 512
     max_length: int = 1024  # prompt and response

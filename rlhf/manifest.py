@@ -45,6 +45,8 @@ def stage_inputs(cfg: Config, stage: str, recipe: int, data: dict[str, Any], par
     """Everything that decides a stage's result; `data` and `parents` hold digests."""
     plain = to_plain(cfg)
     rules = {key: plain["data"][key] for key in ("holdout", "on_overlong", "max_prompt_length", "max_length")}
+    if stage == "rm":  # nothing but the rankings depends on it
+        rules["intransitive"] = plain["data"]["intransitive"]
     inputs = {
         "stage": stage, "recipe": recipe, "seed": cfg.seed, "config": without_neutral(plain[stage]),
         "model": {key: plain["model"][key] for key in ("dtype", "revision")},

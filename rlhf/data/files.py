@@ -25,6 +25,7 @@ from rlhf.data.rows import shown
 from rlhf.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+_LISTS = ("messages", "conversations", "responses", "ranks", "preference")  # cells of a CSV that hold JSON
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -180,11 +181,11 @@ def _csv_rows(text: str) -> Iterator[Row]:
 def _csv_row(line: int, cells: dict[str, str]) -> Row:
     value: dict[str, Any] = {}
     for name, cell in cells.items():
-        is_json = name in ("messages", "prompt", "chosen", "rejected", "responses", "ranks") and cell[:1] in ("[", "{")
+        is_json = name in (*_LISTS, "prompt", "chosen", "rejected") and cell[:1] in ("[", "{")
         try:
             value[name] = json.loads(cell) if is_json else cell
         except ValueError as error:
-            if name in ("messages", "responses", "ranks"):
+            if name in _LISTS:
                 return Row(line, problem=f"field `{name}`: broken JSON: {error}")
             value[name] = cell  # a prompt or reply that merely starts with a bracket
     return Row(line, value)

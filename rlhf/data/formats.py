@@ -8,31 +8,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
+from rlhf.data.published import Comparisons, ShareGPT
 from rlhf.data.rows import (
-    EMPTY_REPLY,
-    NO_LABEL,
     NO_QUESTION,
     Dirty,
+    Kind,
     Malformed,
     NoQuestion,
+    Parsed,
     Split,
     field_of,
     has,
-    label_of,
     make_demonstration,
     make_pair,
     make_prompt,
-    merge_copies,
+    make_ranking,
     messages_of,
+    ranks_of,
     shown,
     text_of,
+    texts_of,
 )
-from rlhf.types import Demonstration, Messages, Prompt, Ranking
-
-Kind = Literal["demonstration", "ranking", "prompt"]
-Parsed = Demonstration | Ranking | Prompt
+from rlhf.types import Messages
 
 
 class Format(Protocol):
@@ -180,42 +179,12 @@ class KRanking:
         messages = messages_of(field_of(row, "prompt"), "prompt")
         if kind == "prompt":
             return [make_prompt(messages, row, used)]
-        responses, ranks = self._responses(row), self._ranks(row)
+        responses = texts_of(field_of(row, "responses"), "responses")
+        ranks = ranks_of(field_of(row, "ranks"), "ranks")
         if len(ranks) != len(responses):
             raise Malformed(f"`ranks` has {len(ranks)} entries for {len(responses)} responses")
         prompt = make_prompt(messages, row, used)
-        if not all(response.strip() for response in responses):
-            raise Dirty(EMPTY_REPLY)
-        if sum(rank is not None for rank in ranks) < 2:
-            raise Dirty(NO_LABEL)
-        responses, ranks = merge_copies(responses, ranks)
-        return [
-            Ranking(
-                prompt=prompt, responses=responses, ranks=ranks,
-                annotator=label_of(row, "annotator"), subset=label_of(row, "subset"),
-            )
-        ]  # fmt: skip
-
-    def _responses(self, row: Any) -> list[str]:
-        value = field_of(row, "responses")
-        if not isinstance(value, list):
-            raise Malformed(f"field `responses` must be a list of texts, not {shown(value)}")
-        if len(value) < 2:
-            raise Malformed(f"field `responses` needs at least 2 entries, not {len(value)}")
-        for i, response in enumerate(value):
-            if not isinstance(response, str):
-                raise Malformed(f"responses[{i}] must be text, not {shown(response)}")
-        return value
-
-    def _ranks(self, row: Any) -> list[int | None]:
-        value = field_of(row, "ranks")
-        if not isinstance(value, list):
-            raise Malformed(f"field `ranks` must be a list of whole numbers, not {shown(value)}")
-        for i, rank in enumerate(value):
-            if rank is not None and (type(rank) is not int or rank < 1):
-                found = "NaN" if rank != rank else shown(rank)
-                raise Malformed(f"ranks[{i}] must be a whole number from 1 (best), or null, not {found}")
-        return value
+        return [make_ranking(prompt, responses, ranks, row)]
 
 
 class PlainPrompt:
@@ -233,4 +202,6 @@ class PlainPrompt:
         return [make_prompt(messages_of(value, "prompt"), row, ("prompt",))]
 
 
-FORMATS: tuple[Format, ...] = (ChatMessages(), Alpaca(), HHText(), Preference(), KRanking(), PlainPrompt())
+FORMATS: tuple[Format, ...] = (
+    ChatMessages(), ShareGPT(), Alpaca(), HHText(), Preference(), Comparisons(), KRanking(), PlainPrompt(),
+)  # fmt: skip

@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from rlhf.artifacts import canonical
-from rlhf.config import DataConfig, SourceConfig
+from rlhf.config import DataConfig, Intransitive, SourceConfig
 from rlhf.data.files import Table, read_source
-from rlhf.data.formats import FORMATS, Format, Kind, Parsed
+from rlhf.data.formats import FORMATS, Format
 from rlhf.data.report import DataReport, FileReport
-from rlhf.data.rows import Dirty, Malformed, text_of
+from rlhf.data.rows import Contradiction, Dirty, Kind, Malformed, Parsed, text_of
 from rlhf.errors import ConfigError, DataError
 from rlhf.types import Demonstration, Messages, Prompt, Ranking
 
@@ -67,7 +67,7 @@ def load_gate_prompts(data: DataConfig, seed: int) -> list[Prompt]:
     """data.gate_prompts, or else the held-out prompts. Raises DataError if one of them is trained on."""
     if not data.gate_prompts.path:
         return load_prompts(data, seed).heldout
-    gate, _ = _read_rows(data.gate_prompts, "data.gate_prompts", "prompt", data.root, seed)
+    gate, _ = _read_rows(data, "gate_prompts", "prompt", seed)
     trained: dict[str, str] = {}
     for name in ("demonstrations", "rankings", "prompts"):
         if getattr(data, name).path:
@@ -99,7 +99,7 @@ def load_texts(data: DataConfig, name: str, seed: int) -> tuple[list[str], list[
 
 def _load(data: DataConfig, name: str, kind: Kind, seed: int, of: type[T]) -> Loaded[T]:
     key = f"data.{name}"
-    found, report = _read_rows(getattr(data, name), key, kind, data.root, seed)
+    found, report = _read_rows(data, name, kind, seed)
     rows = [row for row in found if isinstance(row, of)]
     loaded: Loaded[T] = Loaded([], [], report)
     for row in rows:
@@ -120,14 +120,13 @@ def _need(source: SourceConfig, key: str) -> SourceConfig:
     return source
 
 
-def _read_rows(
-    source: SourceConfig, key: str, kind: Kind, root: str | None, seed: int
-) -> tuple[list[Parsed], DataReport]:
+def _read_rows(data: DataConfig, name: str, kind: Kind, seed: int) -> tuple[list[Parsed], DataReport]:
     """All good rows of a source in file order, and the report. Dirty ones are counted, malformed ones raise."""
+    key, source = f"data.{name}", getattr(data, name)
     report = DataReport(key=key)
     kept: list[Parsed] = []
     seen: set[str] = set()
-    for table in read_source(_need(source, key), key, root):
+    for table in read_source(_need(source, key), key, data.root):
         format_ = _choose(source.format, table, kind, key)
         file = FileReport(file=table.name, format=format_.name, digest=table.digest, rows=len(table.rows))
         report.files.append(file)
@@ -135,7 +134,12 @@ def _read_rows(
         readable = any(row.problem is None for row in table.rows)
         _raise(key, table.name, problems, format_.example if readable else None)
         for line, result in parsed:
-            kept += _keep(result, f"{table.name}:{line}", file, seen)
+            where = f"{table.name}:{line}"
+            if isinstance(result, Contradiction) and data.intransitive is Intransitive.keep:
+                file.intransitive += 1
+                file.note(str(result), where)
+                result = [result.instead]
+            kept += _keep(result, where, file, seen)
     if not kept:
         raise DataError(f"{key}: no row is left; dropped: {dict(report.dropped)}")
     if source.limit is not None:

@@ -24,6 +24,7 @@ class FileReport:
     merged: int = 0  # prompts only: the same prompt again, which counts once
     unused: int = 0  # beyond `limit`
     tied: int = 0  # kept rankings whose ranked responses all tie
+    intransitive: int = 0  # kept rankings of rows whose comparisons contradict each other (data.intransitive=keep)
     cut: int = 0  # prompts shortened under data.on_overlong=truncate_prompt
     dropped: Counter[str] = field(default_factory=Counter)  # dirty rows by kind
     overlong: int = 0  # rows dropped under data.on_overlong
@@ -85,7 +86,14 @@ class DataReport:
         """One line for people."""
         line = f"{self.key}: {self.total('kept')} of {self.total('rows')} rows"
         counts = [f"{n} {kind}" for kind, n in sorted(self.dropped.items())]
-        names = {"overlong": "over-long", "cut": "cut", "tied": "all tied", "merged": "repeated", "unused": "unused"}
+        names = {
+            "overlong": "over-long",
+            "cut": "cut",
+            "tied": "all tied",
+            "intransitive": "intransitive kept",
+            "merged": "repeated",
+            "unused": "unused",
+        }
         counts += [f"{self.total(name)} {label}" for name, label in names.items() if self.total(name)]
         return f"{line} ({', '.join(counts)})" if counts else line
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from rlhf.types import Demonstration, Messages, Prompt, Ranking
 
+Kind = Literal["demonstration", "ranking", "prompt"]
+Parsed = Demonstration | Ranking | Prompt
+
 EMPTY_REPLY, EMPTY_PROMPT, NO_QUESTION = "empty reply", "empty prompt", "reply to no question"
 IDENTICAL, MISMATCH, NO_LABEL = "identical responses", "prompt mismatch", "no label"
+INTRANSITIVE = "intransitive"
 _ROLES = ("system", "user", "assistant")
 
 
@@ -24,6 +29,14 @@ class NoQuestion(Malformed):
 
 class Dirty(Exception):
     """A row to drop and count; the message is the kind of dirt."""
+
+
+class Contradiction(Dirty):
+    """Comparisons that no ranking agrees with; `instead` is the nearest one, for data.intransitive=keep."""
+
+    def __init__(self, instead: Ranking) -> None:
+        super().__init__(INTRANSITIVE)
+        self.instead = instead
 
 
 def field_of(row: Any, name: str) -> Any:
@@ -88,6 +101,7 @@ def make_demonstration(prompt: Prompt, response: str) -> Demonstration:
 def make_pair(chosen: Split, rejected: Split, row: Any, used: tuple[str, ...]) -> Ranking:
     """A ranking of two. Checked in this order, so that a row has one kind of dirt: mismatch, empty, identical."""
     (messages, good), (other, bad) = chosen, rejected
+    annotator, subset = label_of(row, "annotator"), label_of(row, "subset")
     if messages != other:
         raise Dirty(MISMATCH)
     prompt = make_prompt(messages, row, used)
@@ -95,15 +109,55 @@ def make_pair(chosen: Split, rejected: Split, row: Any, used: tuple[str, ...]) -
         raise Dirty(EMPTY_REPLY)
     if good.strip() == bad.strip():
         raise Dirty(IDENTICAL)
-    return Ranking(
-        prompt=prompt, responses=[good, bad], ranks=[1, 2],
-        annotator=label_of(row, "annotator"), subset=label_of(row, "subset"),
-    )  # fmt: skip
+    return Ranking(prompt=prompt, responses=[good, bad], ranks=[1, 2], annotator=annotator, subset=subset)
 
 
 def label_of(row: Any, name: str) -> str | None:
+    """An optional label, as text. A boolean or an object is no name of an annotator."""
     value = row.get(name)
+    if value is not None and type(value) not in (str, int):
+        raise Malformed(f"field `{name}` must be text or a whole number, not {shown(value)}")
     return None if value is None else str(value)
+
+
+def texts_of(value: Any, name: str) -> list[str]:
+    """A list of two or more texts, checked."""
+    if not isinstance(value, list):
+        raise Malformed(f"field `{name}` must be a list of texts, not {shown(value)}")
+    if len(value) < 2:
+        raise Malformed(f"field `{name}` needs at least 2 entries, not {len(value)}")
+    for i, text in enumerate(value):
+        if not isinstance(text, str):
+            raise Malformed(f"{name}[{i}] must be text, not {shown(text)}")
+    return value
+
+
+def ranks_of(value: Any, name: str) -> list[int | None]:
+    """A list of ranks, checked."""
+    if not isinstance(value, list):
+        raise Malformed(f"field `{name}` must be a list of whole numbers, not {shown(value)}")
+    for i, rank in enumerate(value):
+        if rank is not None and (type(rank) is not int or rank < 1):
+            found = "NaN" if rank != rank else shown(rank)
+            raise Malformed(f"{name}[{i}] must be a whole number from 1 (best), or null, not {found}")
+    return value
+
+
+def make_ranking(prompt: Prompt, responses: list[str], ranks: list[int | None], row: Any) -> Ranking:
+    """A ranking with the row's labels. Raises Dirty for an empty reply, too few ranks and copies, in this order."""
+    annotator, subset = label_of(row, "annotator"), label_of(row, "subset")
+    if not all(response.strip() for response in responses):
+        raise Dirty(EMPTY_REPLY)
+    if sum(rank is not None for rank in ranks) < 2:
+        raise Dirty(NO_LABEL)
+    responses, ranks = merge_copies(responses, ranks)
+    return Ranking(prompt=prompt, responses=responses, ranks=ranks, annotator=annotator, subset=subset)
+
+
+def places_of(scores: Sequence[float | None]) -> list[int | None]:
+    """Ranks from scores: the highest is 1, equal scores tie, None stays unranked."""
+    found = sorted({score for score in scores if score is not None}, reverse=True)
+    return [None if score is None else found.index(score) + 1 for score in scores]
 
 
 def merge_copies(responses: list[str], ranks: list[int | None]) -> tuple[list[str], list[int | None]]:
