@@ -25,7 +25,8 @@ from rlhf.data.rows import shown
 from rlhf.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-_LISTS = ("messages", "conversations", "responses", "ranks", "preference")  # cells of a CSV that hold JSON
+# Cells of a CSV that hold JSON.
+_LISTS = ("messages", "conversations", "responses", "ranks", "preference", "completions", "answers")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 

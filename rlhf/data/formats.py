@@ -6,7 +6,6 @@ A format turns a row into prompts, demonstrations or rankings. It raises `Malfor
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
@@ -21,6 +20,7 @@ from rlhf.data.rows import (
     Split,
     field_of,
     has,
+    is_transcript,
     make_demonstration,
     make_pair,
     make_prompt,
@@ -28,10 +28,11 @@ from rlhf.data.rows import (
     messages_of,
     ranks_of,
     shown,
+    split_transcript,
     text_of,
     texts_of,
 )
-from rlhf.types import Messages
+from rlhf.data.scored import Nectar, UltraFeedback
 
 
 class Format(Protocol):
@@ -109,10 +110,9 @@ class HHText:
         "chosen": "\n\nHuman: Hello\n\nAssistant: Hi, how can I help?",
         "rejected": "\n\nHuman: Hello\n\nAssistant: What?",
     }
-    _turn = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
     def matches(self, row: Any) -> bool:
-        return has(row, "chosen") and isinstance(row["chosen"], str) and row["chosen"].lstrip().startswith("Human:")
+        return has(row, "chosen") and is_transcript(row["chosen"])
 
     def parse(self, row: Any, kind: Kind) -> list[Parsed]:
         try:
@@ -121,21 +121,7 @@ class HHText:
             raise Dirty(NO_QUESTION) from None  # people spoke out of turn; no mistake of the file
 
     def _split(self, row: Any, name: str) -> Split:
-        """The turns before the last reply, and that reply. Turns of one speaker that follow each other become one,
-        but a last reply stays apart: what stands before it in only one of the two transcripts is a mismatch."""
-        parts = self._turn.split(text_of(row, name).strip())
-        if parts[0].strip() or len(parts) < 3:
-            raise Malformed(f"field `{name}` must be a transcript that starts with 'Human:', not {shown(row[name])}")
-        speakers, texts = parts[1::2], [text.strip() for text in parts[2::2]]
-        reply = texts.pop() if speakers[-1] == "Assistant" else ""
-        messages: Messages = []
-        for speaker, text in zip(speakers, texts, strict=False):
-            role = "user" if speaker == "Human" else "assistant"
-            if messages and messages[-1]["role"] == role:
-                messages[-1]["content"] += "\n\n" + text
-            else:
-                messages.append({"role": role, "content": text})
-        return messages, reply
+        return split_transcript(text_of(row, name), name)
 
 
 class Preference:
@@ -203,5 +189,14 @@ class PlainPrompt:
 
 
 FORMATS: tuple[Format, ...] = (
-    ChatMessages(), ShareGPT(), Alpaca(), HHText(), Preference(), Comparisons(), KRanking(), PlainPrompt(),
-)  # fmt: skip
+    ChatMessages(),
+    ShareGPT(),
+    UltraFeedback(),
+    Alpaca(),
+    HHText(),
+    Preference(),
+    Nectar(),
+    Comparisons(),
+    KRanking(),
+    PlainPrompt(),
+)  # the first that matches is taken, so the more specific ones stand first

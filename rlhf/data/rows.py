@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -80,6 +81,31 @@ def messages_of(value: Any, name: str) -> Messages:
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
+_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+
+
+def is_transcript(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("Human:")
+
+
+def split_transcript(text: str, name: str) -> Split:
+    """The turns of an HH transcript before the last reply, and that reply. Turns of one speaker that follow each other
+    become one, but a last reply stays apart: what stands before it in only one of two transcripts is a mismatch."""
+    parts = _TURN.split(text.strip())
+    if parts[0].strip() or len(parts) < 3:
+        raise Malformed(f"field `{name}` must be a transcript that starts with 'Human:', not {shown(text)}")
+    speakers, texts = parts[1::2], [part.strip() for part in parts[2::2]]
+    reply = texts.pop() if speakers[-1] == "Assistant" else ""
+    messages: Messages = []
+    for speaker, said in zip(speakers, texts, strict=False):
+        role = "user" if speaker == "Human" else "assistant"
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += "\n\n" + said
+        else:
+            messages.append({"role": role, "content": said})
+    return messages, reply
+
+
 def make_prompt(messages: Messages, row: Any, used: tuple[str, ...], name: str = "prompt") -> Prompt:
     """A prompt, with the row's further fields as tags. `used` are the fields that are not tags."""
     if not messages or messages[-1]["role"] != "user":
@@ -136,11 +162,16 @@ def ranks_of(value: Any, name: str) -> list[int | None]:
     """A list of ranks, checked."""
     if not isinstance(value, list):
         raise Malformed(f"field `{name}` must be a list of whole numbers, not {shown(value)}")
-    for i, rank in enumerate(value):
-        if rank is not None and (type(rank) is not int or rank < 1):
-            found = "NaN" if rank != rank else shown(rank)
-            raise Malformed(f"{name}[{i}] must be a whole number from 1 (best), or null, not {found}")
-    return value
+    return [rank_of(rank, f"{name}[{i}]") for i, rank in enumerate(value)]
+
+
+def rank_of(value: Any, place: str) -> int | None:
+    """A rank, checked. 2.0 is 2, since columns with nulls are often stored as floats."""
+    whole = type(value) is int or (type(value) is float and value.is_integer())
+    if value is not None and not (whole and value >= 1):
+        found = "NaN" if value != value else shown(value)
+        raise Malformed(f"{place} must be a whole number from 1 (best), or null, not {found}")
+    return None if value is None else int(value)
 
 
 def make_ranking(prompt: Prompt, responses: list[str], ranks: list[int | None], row: Any) -> Ranking:
