@@ -5,9 +5,11 @@ from __future__ import annotations
 import fnmatch
 import os
 import shutil
+import site
 import subprocess
 import sys
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,7 @@ def test_a_folder_of_python_files_is_a_regular_package() -> None:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel of this checkout, built from a copy so that no build folder is left in it."""
-    pytest.importorskip("setuptools", reason="building without isolation needs setuptools>=77 here")
+    pytest.importorskip("setuptools", minversion="77", reason="pyproject.toml needs it, and nothing is downloaded")
     source, out = tmp_path_factory.mktemp("source") / "checkout", tmp_path_factory.mktemp("wheel")
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -88,6 +90,39 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("installed")
     pip(["install", "--no-deps", "--target", str(target), str(wheel)])
     return target
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with the wheel, and with what it depends on from this one; not with what is editable here,
+    since Python does not read the .pth files of a folder that a .pth file adds."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False, symlinks=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    pip(["--python", str(folder / "bin" / "python"), "install", "--no-deps", "--no-index", str(wheel)])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["rlhf"], ["python", "-m", "rlhf"]], ids=" ".join)
+def test_both_ways_to_start_it_work_in_the_wheels_environment(
+    environment: Path, command: list[str], tmp_path: Path
+) -> None:
+    bare = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    options: Any = {"cwd": tmp_path, "env": bare, "capture_output": True, "text": True, "timeout": 120}
+    program = [str(environment / "bin" / command[0]), *command[1:]]
+    helped = subprocess.run([*program, "--help"], **options)
+    assert helped.returncode == 0, helped.stderr
+    assert "stage=" in helped.stdout and helped.stderr == ""
+    refused = subprocess.run([*program, "ppo.updatez=3"], **options)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "did you mean ppo.updates?" in refused.stderr
+    where = subprocess.run(
+        [str(environment / "bin" / "python"), "-c", "import rlhf; print(rlhf.__file__)"], **options, check=True
+    )
+    assert Path(where.stdout.strip()).is_relative_to(environment)
+    assert list(tmp_path.iterdir()) == []
 
 
 def start(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
