@@ -50,7 +50,8 @@ def from_plain(plain: dict[str, Any]) -> Config:
 
 
 def launch(cfg: Config) -> int:
-    """Run the work for this configuration in a new process; its exit code, 128 + n if signal n killed it."""
+    """Run the work for this configuration in a new process; its exit code, or 128 + n and a line if signal n killed it
+    before it could say anything itself."""
     environment = {
         **os.environ,
         PARENT_VARIABLE: str(os.getpid()),
@@ -73,6 +74,12 @@ def launch(cfg: Config) -> int:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+    if code < 0:
+        cause = ", as a machine out of memory does" if -code == signal.SIGKILL else ""
+        sys.stderr.write(
+            f"error: the worker process was ended by signal {-code} ({signal.strsignal(-code)}){cause}: "
+            "run the same command again to go on\n"
+        )
     return code if code >= 0 else 128 - code
 
 

@@ -57,10 +57,25 @@ def words(output: str) -> str:
     return " ".join(output.split())
 
 
+def worker_of(launcher: int) -> int:
+    """The process id of a launcher's worker. Linux only."""
+    (child,) = Path(f"/proc/{launcher}/task/{launcher}/children").read_text(encoding="ascii").split()
+    return int(child)
+
+
 def interrupt(
     *arguments: str, cwd: Path, when: Callable[[], bool], number: int = signal.SIGKILL, timeout: float = 300
 ) -> int:
-    """Start the program, send signal `number` to the launcher once `when()` is true; its exit code.
+    """The exit code of `interrupted`."""
+    return interrupted(*arguments, cwd=cwd, when=when, number=number, timeout=timeout)[0]
+
+
+def interrupted(
+    *arguments: str, cwd: Path, when: Callable[[], bool], number: int = signal.SIGKILL, worker: bool = False,
+    timeout: float = 300,
+) -> tuple[int, str]:  # fmt: skip
+    """Start the program, send signal `number` to the launcher, or to the worker alone, once `when()` is true; the
+    launcher's exit code and what both printed.
 
     Returns only when the worker has let go of the run directory too: it holds the launcher's standard output.
     """
@@ -77,9 +92,9 @@ def interrupt(
             process.kill()
             raise AssertionError("the moment never came")
         time.sleep(0.002)
-    process.send_signal(number)
-    process.communicate(timeout=timeout)
-    return process.returncode
+    os.kill(worker_of(process.pid) if worker else process.pid, number)
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output
 
 
 def read_json(path: Path) -> Any:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import STAGES, TINY, digests, flip_a_byte, interrupt, lines, read_json, rlhf, write_data
+from runs import STAGES, TINY, digests, flip_a_byte, interrupt, interrupted, lines, read_json, rlhf, write_data
 
 pytestmark = pytest.mark.slow
 # Long enough for a signal to land between the first checkpoint and the end of each stage.
@@ -107,6 +108,50 @@ def test_a_stop_signal_ends_with_75_and_the_same_command_goes_on(lab: Lab, stage
     assert again.returncode in {0, *FAILED_GATES}, again.stderr
     assert resumed(lab.run(name)) == [stage]
     same(folder, lab.run("whole") / stage)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker in /proc")
+def test_the_worker_alone_killed_is_one_line_and_the_next_run_goes_on(lab: Lab) -> None:
+    arguments = [*lab.arguments, "stage=sft", "run.name=worker"]
+    folder = lab.run("worker") / "sft"
+    code, output = interrupted(*arguments, cwd=lab.folder, when=half_way(folder), worker=True)
+    assert code == 128 + signal.SIGKILL
+    assert not (folder / "manifest.json").exists()
+    assert [line for line in output.splitlines() if "error" in line.lower()] == [
+        "error: the worker process was ended by signal 9 (Killed), as a machine out of memory does: "
+        "run the same command again to go on"
+    ]
+    assert "Traceback" not in output
+    again = rlhf(*arguments, cwd=lab.folder)
+    assert again.returncode in {0, *FAILED_GATES}, again.stderr
+    assert resumed(lab.run("worker")) == ["sft"]
+    same(folder, lab.run("whole") / "sft")
+
+
+def test_a_stop_signal_while_the_gate_samples_ends_with_75_and_the_same_command_judges(lab: Lab) -> None:
+    """The artifact is there, the verdict is not; it is the one that a gate without a stop comes to."""
+    longer = ["gate.k=64", "gate.max_new_tokens=48"]  # so many samples that the signal finds the gate at work
+    arguments = [*lab.arguments, *longer, "stage=sft", "run.name=gated"]
+    run = lab.run("gated")
+
+    def trained() -> bool:
+        return (run / "sft" / "manifest.json").exists()
+
+    code, output = interrupted(*arguments, cwd=lab.folder, when=trained, number=signal.SIGTERM)
+    assert code == 75, output
+    assert "error: stopped by a signal" in output and "Traceback" not in output
+    assert not (run / "sft" / "verdict.json").exists()
+    again = rlhf(*arguments, cwd=lab.folder)
+    assert again.returncode in {0, *FAILED_GATES}, again.stderr
+    assert "sft: skipped" in again.stdout
+    events = [record["event"] for record in lines(run / "ledger.jsonl")]
+    assert (events.count("finished"), events.count("verdict")) == (1, 1)
+    artifact = f"sft.artifact={run}/sft/model"
+    unbroken = rlhf(*lab.arguments, *longer, "do=gate", "stage=sft", "run.name=unbroken", artifact, cwd=lab.folder)
+    assert unbroken.returncode == again.returncode, unbroken.stderr
+    verdicts = [read_json(lab.run(name) / "sft" / "verdict.json") for name in ("gated", "unbroken")]
+    assert verdicts[0]["checks"] == verdicts[1]["checks"]
+    assert verdicts[0]["generation"]["k"] == 64
 
 
 @pytest.mark.parametrize("parent", ["sft", "rm"])
