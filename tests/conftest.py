@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from quickstart_runs import Quickstart, quickstart
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -51,3 +52,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def quickstarts(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Quickstart]:
+    """The runs made so far, by seed."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def first(quickstarts: dict[int, Quickstart], tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
+    made = quickstart(quickstarts, 0, tmp_path_factory)
+    assert made.process.returncode == 0, made.process.stderr
+    return made

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import STAGES, lines, read_json, rlhf
+from quickstart_runs import Quickstart, quickstart
+from runs import STAGES, lines, read_json
 
 from rlhf.data.loading import is_heldout
 
@@ -18,49 +16,11 @@ pytestmark = pytest.mark.slow
 SEEDS = (0, 1, 2, 3)
 
 
-@dataclass
-class Quickstart:
-    """One finished quickstart; `numbers` are gold's."""
-
-    seed: int
-    root: Path
-    process: subprocess.CompletedProcess[str]
-
-    @property
-    def run(self) -> Path:
-        return self.root / "runs" / "quickstart"
-
-    def again(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        common = (f"seed={self.seed}", f"run.root={self.root}/runs", "tracker=none")
-        return rlhf(*common, *arguments, cwd=self.root)
-
-
-@pytest.fixture(scope="session")
-def quickstarts(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Quickstart]:
-    """The runs made so far, by seed."""
-    return {}
-
-
-def quickstart(made: dict[int, Quickstart], seed: int, factory: pytest.TempPathFactory) -> Quickstart:
-    if seed not in made:
-        root = factory.mktemp(f"seed-{seed}")
-        arguments = (f"seed={seed}", f"run.root={root}/runs", "tracker=none")
-        made[seed] = Quickstart(seed, root, rlhf(*arguments, cwd=root, timeout=1800))
-    return made[seed]
-
-
 @pytest.fixture(scope="session", params=SEEDS, ids=lambda seed: f"seed {seed}")
 def world(
     request: pytest.FixtureRequest, quickstarts: dict[int, Quickstart], tmp_path_factory: pytest.TempPathFactory
 ) -> Quickstart:
     return quickstart(quickstarts, request.param, tmp_path_factory)
-
-
-@pytest.fixture(scope="session")
-def first(quickstarts: dict[int, Quickstart], tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
-    made = quickstart(quickstarts, 0, tmp_path_factory)
-    assert made.process.returncode == 0, made.process.stderr
-    return made
 
 
 @pytest.fixture(scope="session")

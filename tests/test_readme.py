@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 from hydra import compose, initialize_config_dir
+from quickstart_runs import Quickstart
 from runs import ROOT
 
 from rlhf import errors
@@ -125,3 +126,46 @@ def test_the_printout_names_what_the_program_prints() -> None:
 
     missing = [text for text in (*LABELS.values(), *MODELS) if text not in TRY_IT]
     assert missing == []
+
+
+def tables(output: str) -> list[list[list[str]]]:
+    """The tables that rich drew: rows of cells, the header first."""
+    found: list[list[list[str]]] = []
+    for line in output.splitlines():
+        if line.startswith("┏"):
+            found.append([])
+        elif line.startswith(("┃", "│")):
+            found[-1].append([cell.strip() for cell in re.split("[┃│]", line)[1:-1]])
+    return found
+
+
+def interval(cell: str) -> tuple[str, float, float]:
+    """The unit, lower and upper bound of `value  [low, high]` or `value %  [low, high]`."""
+    match = re.fullmatch(r"-?[\d.]+( %)?  \[(-?[\d.]+), (-?[\d.]+)\]", cell)
+    assert match, cell
+    return match[1] or "", float(match[2]), float(match[3])
+
+
+def test_intervals_are_read_as_printed() -> None:
+    assert interval("62.1 %  [57.5, 66.4]") == (" %", 57.5, 66.4)
+    assert interval("-0.74  [-0.84, -0.64]") == ("", -0.84, -0.64)
+
+
+@pytest.mark.slow
+def test_the_printout_is_that_of_a_run(first: Quickstart) -> None:
+    """Row for row, column for column. Another machine rounds differently and so samples other words, so that figures
+    agree when their 95 % intervals overlap; the stages and their verdicts must be the same."""
+    (told, told_stages), (seen, seen_stages) = tables(TRY_IT), tables(first.process.stdout)
+    assert [row[0] for row in told] == [row[0] for row in seen]
+    assert told[0] == seen[0] == ["", "base", "SFT", "PPO"]
+    assert told_stages == seen_stages
+    apart = []
+    for old, new in zip(told[1:], seen[1:], strict=True):
+        for column, a, b in zip(told[0][1:], old[1:], new[1:], strict=True):
+            if a and b:
+                (unit, low, high), (other, lower, higher) = interval(a), interval(b)
+                assert unit == other
+                apart += [f"{old[0]}, {column}: {a} in the README, {b} here"] if low > higher or lower > high else []
+            else:
+                assert a == b
+    assert apart == []
