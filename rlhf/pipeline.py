@@ -224,6 +224,8 @@ class Run(RunDir):
                 self.check_intact(stage, manifest)
                 made, mark = manifest["finished"], manifest["fingerprint"][:19]
                 say(f"{stage}: skipped: finished {made} from the same inputs ({mark})")
+                if (folder / STARTED).exists():
+                    self._settle(stage, manifest)
                 return manifest
             self._set_aside_or_refuse(stage, changed)
         elif (folder / STARTED).exists():
@@ -292,10 +294,15 @@ class Run(RunDir):
             "data_report": self._data_report(stage), "environment": describe_environment(), "finished": now(),
         }  # fmt: skip
         write_json(folder / MANIFEST, manifest)
-        (folder / STARTED).unlink()
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        self.ledger.append("finished", stage=stage, digest=manifest["digest"], stop_reason=result.stop_reason)
+        self._settle(stage, manifest)
         return manifest
+
+    def _settle(self, stage: str, manifest: dict[str, Any]) -> None:
+        """What follows a stage's manifest. started.json goes last: while it is there, the next run does this again."""
+        folder = self.dir / stage
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        self.ledger.append("finished", stage=stage, digest=manifest["digest"], stop_reason=manifest["stop_reason"])
+        (folder / STARTED).unlink()
 
     def _data_report(self, stage: str) -> Any:
         return getattr(self.inputs(stage), SOURCES[stage]).report.to_json()

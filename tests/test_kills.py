@@ -128,16 +128,18 @@ def test_the_worker_alone_killed_is_one_line_and_the_next_run_goes_on(lab: Lab) 
     same(folder, lab.run("whole") / "sft")
 
 
-def test_a_stop_signal_while_the_gate_samples_ends_with_75_and_the_same_command_judges(lab: Lab) -> None:
-    """The artifact is there, the verdict is not; it is the one that a gate without a stop comes to."""
+@pytest.mark.parametrize("moment", ["published", "sampling"])
+def test_a_stop_signal_before_the_verdict_ends_with_75_and_the_same_command_judges(lab: Lab, moment: str) -> None:
+    """As soon as the manifest is there, or once the gate is at work. The verdict is that of a gate without a stop."""
     longer = ["gate.k=64", "gate.max_new_tokens=48"]  # so many samples that the signal finds the gate at work
-    arguments = [*lab.arguments, *longer, "stage=sft", "run.name=gated"]
-    run = lab.run("gated")
+    arguments = [*lab.arguments, *longer, "stage=sft", f"run.name={moment}"]
+    run = lab.run(moment)
 
-    def trained() -> bool:
-        return (run / "sft" / "manifest.json").exists()
+    def reached() -> bool:
+        begun = moment == "published" or not (run / "sft" / "started.json").exists()
+        return begun and (run / "sft" / "manifest.json").exists()
 
-    code, output = interrupted(*arguments, cwd=lab.folder, when=trained, number=signal.SIGTERM)
+    code, output = interrupted(*arguments, cwd=lab.folder, when=reached, number=signal.SIGTERM)
     assert code == 75, output
     assert "error: stopped by a signal" in output and "Traceback" not in output
     assert not (run / "sft" / "verdict.json").exists()
@@ -146,10 +148,12 @@ def test_a_stop_signal_while_the_gate_samples_ends_with_75_and_the_same_command_
     assert "sft: skipped" in again.stdout
     events = [record["event"] for record in lines(run / "ledger.jsonl")]
     assert (events.count("finished"), events.count("verdict")) == (1, 1)
-    artifact = f"sft.artifact={run}/sft/model"
+    same(run / "sft", lab.run("whole") / "sft")
+    assert not (run / "sft" / "started.json").exists()
+    artifact = f"sft.artifact={lab.run('whole')}/sft/model"
     unbroken = rlhf(*lab.arguments, *longer, "do=gate", "stage=sft", "run.name=unbroken", artifact, cwd=lab.folder)
     assert unbroken.returncode == again.returncode, unbroken.stderr
-    verdicts = [read_json(lab.run(name) / "sft" / "verdict.json") for name in ("gated", "unbroken")]
+    verdicts = [read_json(lab.run(name) / "sft" / "verdict.json") for name in (moment, "unbroken")]
     assert verdicts[0]["checks"] == verdicts[1]["checks"]
     assert verdicts[0]["generation"]["k"] == 64
 

@@ -33,6 +33,7 @@ from rlhf.config import (
 from rlhf.errors import ConfigError, DataError, GateError, Invalid, LineageError, TrainingError
 from rlhf.gates.verdict import Finding, Verdict
 from rlhf.ledger import Ledger
+from rlhf.pipeline import Run
 from rlhf.runs import load_run
 from rlhf.types import StageResult
 
@@ -258,6 +259,22 @@ def test_a_stage_that_was_killed_is_resumed_under_the_same_configuration_only(la
         lab.run(seed=5)
     assert lab.run() == 0
     assert "resumed" in [r["event"] for r in Ledger(lab.path("ledger.jsonl")).records]
+
+
+def test_a_kill_right_after_the_manifest_leaves_nothing_undone(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(run: Run, stage: str, manifest: Any) -> None:
+        (run.dir / stage / "checkpoints" / "step-9").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "_settle", killed)
+        lab.run(stage=Stage.sft)
+    for _ in range(2):
+        assert lab.run(stage=Stage.sft) == 0
+        assert lab.trained == ["sft"]
+        assert not (lab.path("sft") / "started.json").exists() and not (lab.path("sft") / "checkpoints").exists()
+        events = [json.loads(line)["event"] for line in lab.path("ledger.jsonl").read_text().splitlines()]
+        assert events.count("finished") == 1
 
 
 def test_parents_from_another_run(lab: Lab) -> None:
