@@ -25,6 +25,7 @@ from rlhf.config import STAGES, Config, GateMode, stage_config
 from rlhf.console import say
 from rlhf.context import Context
 from rlhf.errors import ConfigError, LineageError, Preempted, TrainingError
+from rlhf.gates.policy import checks_of, kind_of
 from rlhf.inputs import SOURCES
 from rlhf.judging import Judgement, check_verdict, judge_stage
 from rlhf.manifest import (
@@ -43,13 +44,14 @@ from rlhf.manifest import (
 )
 from rlhf.models import check_positions
 from rlhf.ppo.engines import check_engine
-from rlhf.rewards import check_reward, holdout_node
+from rlhf.rewards import check_reward, holdout_node, takes_reward_model
 from rlhf.rundir import RunDir, local_model, mend
 from rlhf.sampling import sample_rankings
 from rlhf.signals import checkpointing, stop_asked
 from rlhf.tracking import open_tracker
 
-PARENTS = {"sft": (), "rm": ("sft",), "ppo": ("sft", "rm")}
+PARENTS: dict[str, tuple[str, ...]] = {"sft": (), "rm": ("sft",), "ppo": ("sft", "rm")}
+UNUSED = "left out: the reward takes no `artifact`, so that nothing needs a reward model"
 
 
 class Run(RunDir):
@@ -115,6 +117,14 @@ class Run(RunDir):
 
     # ---- one stage
 
+    def parents_of(self, stage: str) -> tuple[str, ...]:
+        """The stages that a stage is built on. PPO does without a reward model where the reward takes none and none was
+        given or made: one that is there still judges its gate and starts its critic."""
+        there = bool(self.cfg.rm.artifact) or (self.folder("rm") / MANIFEST).exists()
+        if stage == "ppo" and not there and not takes_reward_model(self.cfg.reward):
+            return tuple(name for name in PARENTS["ppo"] if name != "rm")
+        return PARENTS[stage]
+
     def validate(self, stages: tuple[str, ...]) -> None:
         """Read every file that the stages will need, before any weight is loaded."""
         trained = [s for s in stages if not stage_config(self.cfg, s).artifact]
@@ -122,6 +132,7 @@ class Run(RunDir):
             check_positions(self.base(), self.cfg.model, self.cfg.data.max_length)
         if "ppo" in trained:
             check_reward(self.cfg.reward, self.dir / "rm" / "model")
+            self._check_gate_has_rewards()
             check_engine(self.cfg.rollout)
             if self.cfg.ppo.holdout is not None:
                 check_reward(holdout_node(self.cfg.ppo.holdout), key="ppo.holdout")
@@ -133,9 +144,23 @@ class Run(RunDir):
         for stage in trained:
             self.inputs(stage).for_stage(stage)
 
+    def _check_gate_has_rewards(self) -> None:
+        """ConfigError if a check that decides about PPO compares by the run's reward model and there is none."""
+        if "rm" in self.parents_of("ppo"):
+            return
+        checks = checks_of(self.cfg.gate, "ppo")
+        deciding = [name for name, check in checks.items() if not check.record_only]
+        lost = [f"gate.ppo.{name}" for name in deciding if "rewards" in kind_of(name, checks[name]).needs]
+        if lost:
+            record = " ".join(f"{key}.record_only=true" for key in lost)
+            raise ConfigError(
+                f"{', '.join(lost)}: compares responses by the run's reward model, but `reward` takes none: leave it "
+                f"undecided with {record}, or make or give a model to judge by: stage=rm, rm.artifact=..."
+            )
+
     def run_stage(self, stage: str) -> Judgement:
         """Bring one stage to a finished, judged artifact, doing only what is left to do."""
-        for parent in PARENTS[stage]:
+        for parent in self.parents_of(stage):
             self.require(parent)
         if stop_asked():  # after the last update of the stage before: it had nothing left to checkpoint
             raise Preempted(f"{stage}: stopped before it began: run the same command again to go on")
@@ -235,7 +260,7 @@ class Run(RunDir):
         return self._train(stage, inputs)
 
     def stage_inputs_of(self, stage: str, recipe: int) -> dict[str, Any]:
-        parents = {name: self._digest_of(name) for name in PARENTS[stage]}
+        parents = {name: self._digest_of(name) for name in self.parents_of(stage)}
         if stage == "sft":
             base = Path(self.base())
             parents["base"] = folder_digest(local_model(str(base), "model.path", self.cfg.model.revision))
@@ -310,10 +335,10 @@ class Run(RunDir):
     def _parent_models(self, stage: str) -> dict[str, Path]:
         if stage == "sft":
             return {"base": local_model(str(self.base()), "model.path", self.cfg.model.revision)}
-        return {name: self.model(name) for name in PARENTS[stage]}
+        return {name: self.model(name) for name in self.parents_of(stage)}
 
     def _parent_extra(self, stage: str) -> dict[str, dict[str, Any]]:
-        return {name: (read_manifest(self.folder(name)) or {}).get("extra", {}) for name in PARENTS[stage]}
+        return {name: (read_manifest(self.folder(name)) or {}).get("extra", {}) for name in self.parents_of(stage)}
 
     def stamp(self, stage: str, judgement: Judgement) -> None:
         """Say in the manifest whether the artifact and all that it came from passed."""
@@ -321,7 +346,7 @@ class Run(RunDir):
         manifest = read_manifest(folder)
         if manifest is None:
             return
-        above = [(read_manifest(self.folder(name)) or {}).get("status") for name in PARENTS[stage]]
+        above = [(read_manifest(self.folder(name)) or {}).get("status") for name in self.parents_of(stage)]
         status = "PROMOTED" if judgement.passed and all(s == "PROMOTED" for s in above) else "UNPROMOTED"
         if manifest.get("status") != status:
             write_json(folder / MANIFEST, {**manifest, "status": status})

@@ -11,11 +11,11 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.artifacts import latest_checkpoint, read_json
-from rlhf.config import Config, CriticInit, GateMode, LoraConfig, stage_config
+from rlhf.config import Config, CriticInit, GateMode, LoraConfig, Stage, stage_config
 from rlhf.errors import ConfigError, LineageError, RLHFError
 from rlhf.lora import add_lora
 from rlhf.manifest import STARTED, VERDICT, differences, read_manifest, recipe_of
-from rlhf.pipeline import PARENTS, Run
+from rlhf.pipeline import UNUSED, Run
 
 MIB = 1024**2
 
@@ -38,16 +38,18 @@ def _graph(run: Run, stages: tuple[str, ...]) -> Table:
     else:
         run.build_world()
     for stage in stages:
+        if stage == "ppo" and "rm" not in stages and run.cfg.stage is Stage.all:
+            table.add_row("rm", "", "left out", UNUSED.partition(": ")[2])
         action, why = _parents_allow(run, stage, stages) or _action(run, stage, dirty)
         if action != "skipped":
             dirty.add(stage)
-        table.add_row(stage, ", ".join(PARENTS[stage]) or "base", action, why)
+        table.add_row(stage, ", ".join(run.parents_of(stage)) or "base", action, why)
     return table
 
 
 def _parents_allow(run: Run, stage: str, stages: tuple[str, ...]) -> tuple[str, str] | None:
     """A refusal if do=run would refuse for the sake of a parent that it would not make itself."""
-    for parent in PARENTS[stage]:
+    for parent in run.parents_of(stage):
         folder = run.folder(parent)
         if parent in stages or stage_config(run.cfg, parent).artifact:
             continue
@@ -73,7 +75,7 @@ def _action(run: Run, stage: str, dirty: set[str]) -> tuple[str, str]:
         return "imported", str(stage_config(run.cfg, stage).artifact)
     folder = run.dir / stage
     manifest = read_manifest(folder)
-    changed_parents = dirty & {*PARENTS[stage], "world"}
+    changed_parents = dirty & {*run.parents_of(stage), "world"}
     if manifest is None and not (folder / STARTED).exists():
         return "run", "not made yet"
     if changed_parents:
@@ -140,19 +142,22 @@ def role_sizes(run: Run) -> list[tuple[str, int, int]]:
     some thousand weights, are left out."""
     cfg, base = run.cfg, sum(p.numel() for p in _skeleton(run).parameters())
     sizes = []
-    for stage in ("sft", "rm"):
+    scored = "rm" in run.parents_of("ppo")  # by a reward model of the run
+    for stage in ("sft", "rm") if scored else ("sft",):
         lora = getattr(cfg, stage).lora
         trained = _adapter(run, lora) if lora.enabled else base
         sizes.append((f"{stage} model", base + trained if lora.enabled else base, trained))
     if not cfg.ppo.lora.enabled:
         trains = ["ppo policy", "ppo critic"] if cfg.ppo.has_critic else ["ppo policy"]
-        return [*sizes, *((role, base, base) for role in trains), ("ppo reference", base, 0), ("ppo reward", base, 0)]
-    policy, shared = _adapter(run, cfg.ppo.lora), cfg.rm.lora.enabled and cfg.rm.artifact is None
+        sizes += [*((role, base, base) for role in trains), ("ppo reference", base, 0)]
+        return [*sizes, ("ppo reward", base, 0)] if scored else sizes
+    policy, shared = _adapter(run, cfg.ppo.lora), scored and cfg.rm.lora.enabled and cfg.rm.artifact is None
     reward = _adapter(run, cfg.rm.lora) if shared else base
     critic = reward if shared and cfg.ppo.critic_init is CriticInit.reward else policy
     sizes += [("ppo shared base", base, 0), ("ppo policy", policy, policy)]
     sizes += [("ppo critic", critic, critic)] if cfg.ppo.has_critic else []
-    return [*sizes, ("ppo reference", 0, 0), ("ppo reward", reward, 0)]
+    sizes += [("ppo reference", 0, 0)]
+    return [*sizes, ("ppo reward", reward, 0)] if scored else sizes
 
 
 def _memory(run: Run) -> Table:

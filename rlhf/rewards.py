@@ -42,6 +42,11 @@ def check_reward(node: Any, model: Path | None = None, key: str = "reward") -> d
     return arguments
 
 
+def takes_reward_model(node: Any) -> bool:
+    """True if the `reward` node's class takes an `artifact`, so that a reward model of the run has a use."""
+    return "artifact" in inspect.signature(find(node, "reward")).parameters
+
+
 def build_reward(
     node: Any, model: Path | None = None, extra: Mapping[str, Any] | None = None, key: str = "reward",
     shared_base: Any = None, trust_remote_code: bool = False,

@@ -17,7 +17,7 @@ from rlhf.doctor import examine
 from rlhf.errors import ConfigError, LineageError, RLHFError, TrainingError
 from rlhf.judging import judge_stage
 from rlhf.manifest import model_folder, read_manifest, write_config
-from rlhf.pipeline import Run
+from rlhf.pipeline import UNUSED, Run
 from rlhf.plan import plan_tables
 from rlhf.sampling import sample_rankings
 
@@ -54,20 +54,25 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def chosen(cfg: Config) -> tuple[str, ...]:
-    return STAGES if cfg.stage is Stage.all else (cfg.stage.value,)
+def chosen(work: Run) -> tuple[str, ...]:
+    """The stages that the command is about: stage=all leaves out a reward model that nothing would use."""
+    if work.cfg.stage is not Stage.all:
+        return (work.cfg.stage.value,)
+    return tuple(stage for stage in STAGES if stage != "rm" or stage in work.parents_of("ppo"))
 
 
 def run(cfg: Config) -> int:
     """do=run: bring the chosen stages to finished, judged artifacts."""
     with closing(Run(cfg)) as work:
-        return _run(work, chosen(cfg))
+        return _run(work, chosen(work))
 
 
 def _run(work: Run, stages: tuple[str, ...]) -> int:
     cfg = work.cfg
     work.build_world()
     work.validate(stages)
+    if cfg.stage is Stage.all and "rm" not in stages:
+        say(f"rm: {UNUSED}")
     for stage in stages:
         judgement = work.run_stage(stage)
         write_config(work.dir, cfg)  # not if refused
@@ -79,20 +84,20 @@ def _run(work: Run, stages: tuple[str, ...]) -> int:
     show(summary(work))
     if failed:
         raise failed[0].error()
-    say(next_step(cfg, stages))
+    say(next_step(work, stages))
     return 0
 
 
 def audit(work: Run) -> None:
     """The world's closing table once the policy is there, kept beside the models that it was made for."""
-    made = {stage: read_manifest(work.folder(stage)) for stage in STAGES}
+    made = {stage: read_manifest(work.folder(stage)) for stage in (*work.parents_of("ppo"), "ppo")}
     if work.world is None or not all(made.values()) or any(m.get("imported") for m in made.values() if m):
         return  # nothing to compare yet, or with a model from another world
     digests = {stage: manifest["digest"] for stage, manifest in made.items() if manifest}
     path = work.dir / AUDIT
     stored = read_json(path) if path.exists() else {}
     if stored.get("models") != digests:
-        models = {"base": Path(work.base()), **{stage: work.model(stage) for stage in STAGES}}
+        models = {"base": Path(work.base()), **{stage: work.model(stage) for stage in made}}
         stored = {"models": digests, "text": work.world.audit(models)}
         write_json(path, stored)
     say(stored["text"])
@@ -116,16 +121,18 @@ def summary(work: Run) -> Table:
     return table
 
 
-def next_step(cfg: Config, stages: tuple[str, ...]) -> str:
-    following = STAGES[STAGES.index(stages[-1]) + 1 :]
+def next_step(work: Run, stages: tuple[str, ...]) -> str:
+    order = (*work.parents_of("ppo"), "ppo")
+    following = order[order.index(stages[-1]) + 1 :]
     if following:
-        return f"next: python -m rlhf stage={following[0]} run.name={cfg.run.name}"
+        return f"next: python -m rlhf stage={following[0]} run.name={work.cfg.run.name}"
     return "next: load ppo/model with AutoModelForCausalLM.from_pretrained, or look at it with rlhf.load_run"
 
 
 def plan(cfg: Config) -> int:
     """do=plan: what would be skipped, resumed or run, and what it needs; loads no weights, writes nothing."""
-    for table in plan_tables(Run(cfg, read_only=True), chosen(cfg)):
+    work = Run(cfg, read_only=True)
+    for table in plan_tables(work, chosen(work)):
         show(table)
     return 0
 

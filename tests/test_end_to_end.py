@@ -145,6 +145,28 @@ def test_the_readmes_reward_in_the_start_directory_is_what_ppo_is_paid_by(done: 
     assert rewards and set(rewards) == {1.0}
 
 
+@pytest.mark.slow
+def test_ppo_under_a_plain_function_needs_an_sft_model_and_no_reward_model(done: Done) -> None:
+    (done.folder / "my_function.py").write_text("def brief(prompt, response, row):\n    return -len(response)\n")
+    arguments = [argument for argument in done.arguments if not argument.startswith("data.rankings")]
+    arguments += [
+        "stage=ppo", "run.name=function", f"sft.artifact={done.run}/sft/model",
+        "reward._target_=reward_models.function.FunctionReward", "+reward.function=my_function.brief",
+    ]  # fmt: skip
+    refused = rlhf(*arguments, cwd=done.folder)
+    assert refused.returncode == 2, refused.stderr
+    assert "gate.ppo.win_rate, gate.ppo.reward_gain: " in words(refused.stderr)
+    ppo = done.folder / "runs" / "function" / "ppo"
+    assert not ppo.exists()
+    record = ["gate.ppo.win_rate.record_only=true", "gate.ppo.reward_gain.record_only=true"]
+    paid = rlhf(*arguments, *record, cwd=done.folder)
+    assert paid.returncode in CODES.values(), paid.stderr
+    assert list(read_json(ppo / "manifest.json")["parents"]) == ["sft"]
+    checks = {check["id"]: check for check in read_json(ppo / "verdict.json")["checks"]}
+    assert "the parent 'rm' is not there" in checks["win_rate"]["reason"]
+    assert checks["kl"]["estimate"] is not None
+
+
 def test_do_gate_replays_the_verdict_of_a_stored_model(done: Done) -> None:
     verdict = read_json(done.run / "ppo" / "verdict.json")
     judged = rlhf(*done.arguments, "do=gate", "stage=ppo", cwd=done.folder)

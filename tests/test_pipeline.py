@@ -277,6 +277,52 @@ def test_a_kill_right_after_the_manifest_leaves_nothing_undone(lab: Lab, monkeyp
         assert events.count("finished") == 1
 
 
+BRIEF = {"_target_": "reward_models.function.FunctionReward", "function": "builtins.len"}
+
+
+def test_a_reward_that_takes_no_model_leaves_out_the_reward_model(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lab.run(reward=BRIEF) == 0
+    assert lab.trained == ["sft", "ppo"]
+    assert "rm: left out: the reward takes no `artifact`" in capsys.readouterr().out
+    manifest = read_json(lab.path("ppo") / "manifest.json")
+    assert list(manifest["parents"]) == ["sft"]
+    assert manifest["status"] == "PROMOTED"
+    assert verbs.plan(lab.config(reward=BRIEF)) == 0
+    planned = " ".join(capsys.readouterr().out.split())
+    assert "│ rm │ │ left out │" in planned and "ppo reward" not in planned and "rm model" not in planned
+    assert "│ ppo │ sft │ skipped │" in planned
+    assert lab.run(reward=BRIEF) == 0
+    assert lab.trained == ["sft", "ppo"]
+    assert "next: load ppo/model" in capsys.readouterr().out
+
+
+def test_ppo_alone_with_such_a_reward_needs_only_an_sft_model(lab: Lab, tiny_model: Path) -> None:
+    lone = {"stage": Stage.ppo, "sft__artifact": str(tiny_model), "data__rankings__path": None}
+    assert lab.run(**lone, reward=BRIEF) == 0
+    assert lab.trained == ["ppo"]
+    with pytest.raises(LineageError, match="rm: no finished artifact"):
+        lab.run(**lone, run__dir=str(lab.folder / "other"), run__name="other")
+
+
+def test_a_check_that_compares_by_a_reward_model_needs_one(lab: Lab, tiny_model: Path) -> None:
+    def gate(**change: Any) -> GateConfig:
+        return GateConfig(sft={}, rm={}, ppo={"better": CheckConfig(kind="win_rate", **change)})
+
+    with pytest.raises(
+        ConfigError, match=r"^gate\.ppo\.better: .* gate\.ppo\.better\.record_only=true, .* rm\.artifact"
+    ):
+        lab.run(reward=BRIEF, gate=gate(min=0.5))
+    assert lab.trained == []
+    assert lab.run(reward=BRIEF, gate=gate(record_only=True)) == 0
+    assert lab.trained == ["sft", "ppo"]
+    for name, change in (("given", {"rm__artifact": str(tiny_model)}), ("made", {})):
+        place = {"run__dir": str(lab.folder / name), "run__name": name}
+        lab.run(stage=Stage.sft, **place)
+        lab.run(stage=Stage.rm, **place, **change)
+        assert lab.run(stage=Stage.ppo, reward=BRIEF, gate=gate(min=0.5), **place, **change) == 0
+        assert list(read_json(lab.folder / name / "ppo" / "manifest.json")["parents"]) == ["rm", "sft"]
+
+
 def test_parents_from_another_run(lab: Lab) -> None:
     lab.run()
     sweep = str(lab.folder / "sweep")
