@@ -148,11 +148,11 @@ class Run(RunDir):
         """ConfigError if a check that decides about PPO compares by the run's reward model and there is none."""
         if "rm" in self.parents_of("ppo"):
             return
-        checks = checks_of(self.cfg.gate, "ppo")
-        deciding = [name for name, check in checks.items() if not check.record_only]
-        lost = [f"gate.ppo.{name}" for name in deciding if "rewards" in kind_of(name, checks[name]).needs]
+        deciding = {name: check for name, check in checks_of(self.cfg.gate, "ppo").items() if not check.record_only}
+        lost = {f"gate.ppo.{n}": check for n, check in deciding.items() if "rewards" in kind_of(n, check).needs}
         if lost:
-            record = " ".join(f"{key}.record_only=true" for key in lost)
+            sides = {key: "max" if check.min is None else "min" for key, check in lost.items()}
+            record = " ".join(f"{key}.record_only=true {key}.{side}=null" for key, side in sides.items())
             raise ConfigError(
                 f"{', '.join(lost)}: compares responses by the run's reward model, but `reward` takes none: leave it "
                 f"undecided with {record}, or make or give a model to judge by: stage=rm, rm.artifact=..."

@@ -308,9 +308,8 @@ def test_a_check_that_compares_by_a_reward_model_needs_one(lab: Lab, tiny_model:
     def gate(**change: Any) -> GateConfig:
         return GateConfig(sft={}, rm={}, ppo={"better": CheckConfig(kind="win_rate", **change)})
 
-    with pytest.raises(
-        ConfigError, match=r"^gate\.ppo\.better: .* gate\.ppo\.better\.record_only=true, .* rm\.artifact"
-    ):
+    mend = r"gate\.ppo\.better\.record_only=true gate\.ppo\.better\.min=null, .* rm\.artifact"
+    with pytest.raises(ConfigError, match=rf"^gate\.ppo\.better: .* {mend}"):
         lab.run(reward=BRIEF, gate=gate(min=0.5))
     assert lab.trained == []
     assert lab.run(reward=BRIEF, gate=gate(record_only=True)) == 0
