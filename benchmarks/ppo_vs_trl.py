@@ -11,11 +11,14 @@ What makes it fair:
   lengths alone would need the logits changed, and with them the log-probabilities that both train on.)
 - Both: full fine-tuning (or LoRA of the same rank on the same layers), fp32, batch and minibatch 32, 2 epochs, fused
   AdamW, one reward model of the policy's shape, a critic that starts from it, no gradient clipping, no recomputation.
-- TRL runs with the fastest chunk (local_rollout_forward_batch_size) and batch (per_device_train_batch_size) found by
-  --search; nothing is logged or saved. Ours runs the stage's own loop, metrics file and re-tokenised rewards included.
+- TRL runs with the chunk (local_rollout_forward_batch_size) and batch (per_device_train_batch_size) in BEST; --search
+  times others, and what is fastest depends on the machine. Nothing is logged or saved. Ours runs the stage's own loop,
+  metrics file and re-tokenised rewards included.
 - Before any timing one update of each is compared: log-probabilities, reference, values and, on the fixed lengths,
   where the two define them alike, advantages and both losses. (TRL pays the score one token after the end, and its
   means are taken per micro-batch; on responses without an end neither matters.)
+- On a busy machine use --threads 1 and read the CPU seconds: two OpenMP threads spin while they wait for each other,
+  and beside other work an update takes many times as long.
 - Memory is the high-water mark of the process less what it held when all imports were done. Linux only.
 """
 
@@ -40,12 +43,12 @@ from process import BATCH, Settings
 from rlhf.rollout import micro_batches
 
 HERE = Path(__file__).resolve().parent
-# TRL's fastest (chunk, micro-batch) on 2 cores by --search: long padded rows want small ones.
+# TRL's (chunk, micro-batch): long padded rows want small ones. Run --search on your machine before you rely on them.
 BEST = {"cap64": (32, 8), "cap256": (16, 4), "cap384": (16, 4), "fixed": (32, 8)}
 SEARCH = [(32, 16), (32, 8), (16, 8), (32, 4), (16, 4), (8, 4), (32, 2)]
 HEADER = (
-    "| workload | ours s | TRL s | TRL / ours (spread) | ours MB | TRL MB | ours / TRL | pad ours | pad TRL "
-    "| ours generate / score / train | TRL |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    "| workload | ours s | TRL s | TRL / ours (spread) | the same of CPU seconds | ours MB | TRL MB | ours / TRL "
+    "| pad ours | pad TRL | ours generate / score / train | TRL |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 Laps = dict[str, float]
 
@@ -138,14 +141,14 @@ def in_turn(settings: Settings, updates: int) -> tuple[list[Laps], list[Laps]]:
 
 def show(work: Workload, settings: Settings, ours: Sequence[Laps], theirs: Sequence[Laps]) -> None:
     """One line of the table, then the split of both."""
-    ratios = [b["seconds"] / a["seconds"] for a, b in zip(ours, theirs, strict=True)]
     seconds = [statistics.median(lap["seconds"] for lap in laps) for laps in (ours, theirs)]
     peaks = [max(lap["peak"] for lap in laps) for laps in (ours, theirs)]
     pads = [padding(work, i + 1, settings.micro_tokens) for i in range(len(ours))]
     pad = [statistics.median(p[i] for p in pads) for i in (0, 1)]
     print(
-        f"| {work.name} | {seconds[0]:.2f} | {seconds[1]:.2f} | **{seconds[1] / seconds[0]:.2f}** "
-        f"({min(ratios):.2f}–{max(ratios):.2f}) | {peaks[0] / 1e6:.0f} | {peaks[1] / 1e6:.0f} | "
+        f"| {work.name} | {seconds[0]:.2f} | {seconds[1]:.2f} "
+        f"| {ratio(ours, theirs, 'seconds')} | {ratio(ours, theirs, 'cpu')} "
+        f"| {peaks[0] / 1e6:.0f} | {peaks[1] / 1e6:.0f} | "
         f"**{peaks[0] / peaks[1]:.2f}** | {pad[0]:.2f} | {pad[1]:.2f} | "
         + " | ".join(
             " / ".join(f"{statistics.median(lap[part] for lap in laps):.2f}" for part in ("generate", "score", "train"))
@@ -154,6 +157,13 @@ def show(work: Workload, settings: Settings, ours: Sequence[Laps], theirs: Seque
         + " |",
         flush=True,
     )
+
+
+def ratio(ours: Sequence[Laps], theirs: Sequence[Laps], clock: str) -> str:
+    """TRL's median over ours, and the extremes of the single updates' ratios."""
+    each = [b[clock] / a[clock] for a, b in zip(ours, theirs, strict=True)]
+    middle = statistics.median(b[clock] for b in theirs) / statistics.median(a[clock] for a in ours)
+    return f"**{middle:.2f}** ({min(each):.2f}–{max(each):.2f})"
 
 
 def search(settings: Settings) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class Channel:
     def __init__(self) -> None:
         self.out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
-        self.floor = 0
+        self.floor, self.worked = 0, 0.0
 
     def imported(self) -> None:
         """Call when everything is imported and nothing loaded: memory is counted from here."""
@@ -51,14 +52,18 @@ class Channel:
     def wait(self) -> bool:
         """Tell the parent that an update can begin, and wait until it says so. False: enough."""
         self.say({"ready": True})
-        return sys.stdin.readline().strip() == "go"
+        go = sys.stdin.readline().strip() == "go"
+        self.worked = time.process_time()
+        return go
 
     def say(self, what: dict[str, Any]) -> None:
         print(json.dumps(what), file=self.out, flush=True)
 
     def report(self, laps: dict[str, float]) -> None:
-        """The seconds of one update and the peak of memory so far, in bytes above the floor."""
-        self.say(laps | {"peak": memory("VmHWM") - self.floor, "floor": self.floor})
+        """Wall and CPU seconds of one update, and the peak of memory so far in bytes above the floor."""
+        self.say(
+            laps | {"cpu": time.process_time() - self.worked, "peak": memory("VmHWM") - self.floor, "floor": self.floor}
+        )
 
 
 def memory(field: str) -> int:
