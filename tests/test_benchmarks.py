@@ -36,6 +36,7 @@ def test_rollout_losses_and_models_import_without_the_heavy_libraries() -> None:
     assert alone("import hydra").returncode != 0  # the block holds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [[], ["--lora"]], ids=["full", "lora"])
 def test_gpu_benchmark_on_toy_shapes(extra: list[str]) -> None:
     argv = ["gpu.py", "--tiny", "--device", "cpu", "--batch", "4", "--updates", "1", *extra]
