@@ -31,8 +31,9 @@ def test_documented_rows_are_read(name: str, kinds: str, block: str) -> None:
         for kind in format_.kinds:
             first = next(f for f in FORMATS if kind in f.kinds and f.matches(row))
             assert first.name == name
-            (parsed,) = format_.parse(row, kind)
-            assert type(parsed) is OF_KIND[kind]
+            parsed = format_.parse(row, kind)
+            assert parsed and {type(part) for part in parsed} == {OF_KIND[kind]}
+            assert len(parsed) == 1 or name == "raters"
 
 
 def test_messages_split_before_the_last_reply() -> None:
@@ -115,6 +116,37 @@ def test_copies_of_a_text() -> None:
     assert merge_copies(["b", "c", "b", "d"], [1, 2, 3, 4]) == (["c", "d"], [2, 4])
     with pytest.raises(Dirty, match="identical"):
         merge_copies(["b", "c", "b"], [1, 2, 3])
+
+
+def test_reward_bench_pairs() -> None:
+    row = {
+        "prompt": "a", "chosen": "b", "chosen_model": "m1", "rejected": "c", "rejected_model": "m2",
+        "subset": "s", "id": 7,
+    }  # fmt: skip
+    assert next(f for f in FORMATS if "ranking" in f.kinds and f.matches(row)).name == "preference"
+    tags = {"chosen_model": "m1", "rejected_model": "m2"}
+    prompt = Prompt(messages=[{"role": "user", "content": "a"}], id="7", tags=tags)
+    expected = Ranking(prompt=prompt, responses=["b", "c"], ranks=[1, 2], subset="s")
+    assert Preference().parse(row, "ranking") == [expected]
+
+
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"subset": True}, "field `subset` must be text or a whole number, not bool True"),
+        ({"subset": ["s"]}, "field `subset` must be text or a whole number, not list"),
+        ({"annotator": {"id": 1}}, "field `annotator` must be text or a whole number, not dict"),
+        ({"annotator": float("nan")}, "field `annotator` must be text or a whole number, not float nan"),
+        ({"rejected": 3}, "field `rejected` must be text or a list of messages, not int 3"),
+        ({"rejected": None}, "field `rejected` is missing"),
+    ],
+)
+def test_malformed_pairs_name_the_field(change: dict[str, object], message: str) -> None:
+    with pytest.raises(Malformed, match=message):
+        Preference().parse(PAIR | change, "ranking")
 
 
 def test_bare_prompts_and_tags() -> None:

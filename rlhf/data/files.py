@@ -26,7 +26,7 @@ from rlhf.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 # Cells of a CSV that hold JSON.
-_LISTS = ("messages", "conversations", "responses", "ranks", "preference", "completions", "answers")
+_LISTS = ("messages", "conversations", "responses", "ranks", "preference", "completions", "answers", "rankings")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 

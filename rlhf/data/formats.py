@@ -6,10 +6,11 @@ A format turns a row into prompts, demonstrations or rankings. It raises `Malfor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
 from rlhf.data.published import Comparisons, ShareGPT
+from rlhf.data.raters import LabelStudio, Raters
 from rlhf.data.rows import (
     NO_QUESTION,
     Dirty,
@@ -45,8 +46,8 @@ class Format(Protocol):
     def matches(self, row: Any) -> bool:
         """True if a row of these fields is of this format."""
 
-    def parse(self, row: Any, kind: Kind) -> list[Parsed]:
-        """What the row holds; raises Malformed or Dirty."""
+    def parse(self, row: Any, kind: Kind) -> Sequence[Parsed | Dirty]:
+        """What the row holds; raises Malformed or Dirty. A Dirty in the list stands for a part of the row."""
 
 
 class ChatMessages:
@@ -197,6 +198,8 @@ FORMATS: tuple[Format, ...] = (
     Preference(),
     Nectar(),
     Comparisons(),
+    Raters(),
+    LabelStudio(),
     KRanking(),
     PlainPrompt(),
 )  # the first that matches is taken, so the more specific ones stand first

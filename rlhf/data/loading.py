@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -135,11 +135,8 @@ def _read_rows(data: DataConfig, name: str, kind: Kind, seed: int) -> tuple[list
         _raise(key, table.name, problems, format_.example if readable else None)
         for line, result in parsed:
             where = f"{table.name}:{line}"
-            if isinstance(result, Contradiction) and data.intransitive is Intransitive.keep:
-                file.intransitive += 1
-                file.note(str(result), where)
-                result = [result.instead]
-            kept += _keep(result, where, file, seen)
+            file.extra += len(result) - 1
+            kept += _keep(_clean(result, where, file, data.intransitive), where, file, seen)
     if not kept:
         raise DataError(f"{key}: no row is left; dropped: {dict(report.dropped)}")
     if source.limit is not None:
@@ -180,12 +177,12 @@ def _names(formats: Iterable[Format]) -> str:
     return ", ".join(f.name for f in formats)
 
 
-def _or_dirt(format_: Format, kind: Kind, value: Any) -> list[Parsed] | Dirty:
+def _or_dirt(format_: Format, kind: Kind, value: Any) -> Sequence[Parsed | Dirty]:
     """The rows of a value; dirt is a result and not an exception, since the row is counted and the file read on."""
     try:
         return format_.parse(value, kind)
     except Dirty as dirt:
-        return dirt
+        return [dirt]
 
 
 R = TypeVar("R")
@@ -217,11 +214,23 @@ def _raise(key: str, name: str, problems: list[tuple[int, str]], example: Any) -
     raise DataError(f"{key}: {rows} malformed:\n" + "\n".join(lines))
 
 
-def _keep(result: list[Parsed] | Dirty, where: str, file: FileReport, seen: set[str]) -> list[Parsed]:
+def _clean(result: Sequence[Parsed | Dirty], where: str, file: FileReport, intransitive: Intransitive) -> list[Parsed]:
+    """What one line holds without its dirt, which is counted."""
+    clean: list[Parsed] = []
+    for part in result:
+        if isinstance(part, Contradiction) and intransitive is Intransitive.keep:
+            file.intransitive += 1
+            file.note(str(part), where)
+            clean.append(part.instead)
+        elif isinstance(part, Dirty):
+            file.drop(str(part), where)
+        else:
+            clean.append(part)
+    return clean
+
+
+def _keep(result: list[Parsed], where: str, file: FileReport, seen: set[str]) -> list[Parsed]:
     """The rows of one line that are kept. Prompts count once, however often they occur: `seen` holds their keys."""
-    if isinstance(result, Dirty):
-        file.drop(str(result), where)
-        return []
     kept = []
     for row in result:
         prompt = prompt_of(row)

@@ -14,12 +14,13 @@ SAMPLES = 5  # places named for each kind of drop
 
 @dataclass(kw_only=True, slots=True)
 class FileReport:
-    """Counts of one file. rows = kept + merged + unused + all dropped."""
+    """Counts of one file. rows + extra = kept + merged + unused + all dropped."""
 
     file: str
     format: str
     digest: str  # sha256 of the bytes on disk; of the rows for a hub data set
     rows: int = 0
+    extra: int = 0  # rankings beyond the first of a row, where several raters share one
     kept: int = 0
     merged: int = 0  # prompts only: the same prompt again, which counts once
     unused: int = 0  # beyond `limit`
@@ -84,9 +85,10 @@ class DataReport:
 
     def summary(self) -> str:
         """One line for people."""
-        line = f"{self.key}: {self.total('kept')} of {self.total('rows')} rows"
+        line = f"{self.key}: {self.total('kept')} of {self.total('rows') + self.total('extra')} rows"
         counts = [f"{n} {kind}" for kind, n in sorted(self.dropped.items())]
         names = {
+            "extra": "beyond the first of their row",
             "overlong": "over-long",
             "cut": "cut",
             "tied": "all tied",
@@ -100,7 +102,7 @@ class DataReport:
 
 def check_dirty(report: DataReport, data: DataConfig) -> None:
     """Raise a DataError that names kinds, counts and places if more than data.max_dirty of the rows are dirty."""
-    dirty, rows = report.dropped.total(), report.total("rows")
+    dirty, rows = report.dropped.total(), report.total("rows") + report.total("extra")
     if dirty <= data.max_dirty * rows:
         return
     places = [
