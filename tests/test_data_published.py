@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from rlhf.config import DataConfig, Intransitive, SourceConfig
+from rlhf.config import Config, DataConfig, Intransitive, SourceConfig
 from rlhf.data import load_demonstrations, load_prompts, load_rankings
 from rlhf.data.published import Comparisons, ShareGPT
 from rlhf.data.rows import Dirty, Malformed
 from rlhf.errors import DataError
+from rlhf.manifest import stage_inputs
 from rlhf.types import Demonstration, Prompt, Ranking
 
 QA_FEEDBACK = Path(__file__).parents[2] / "shared" / "data" / "qa-feedback-kwise" / "feedback.json"
@@ -169,6 +170,13 @@ def test_intransitive_rows_are_dropped_or_kept_but_always_counted(tmp_path: Path
     assert (file["dropped"], file["intransitive"], file["kept"], file["tied"]) == ({}, 2, 60, 1)
     ranks = {ranking.prompt.where: ranking.ranks for ranking in kept.train + kept.heldout}
     assert (ranks[f"{path}:4"], ranks[f"{path}:6"], ranks[f"{path}:5"]) == ([1, 2, 3], [1, 1, 1], [1, 2, 3])
+
+
+def test_what_happens_to_intransitive_rows_decides_the_reward_model_alone() -> None:
+    drop, keep = Config(), Config(data=DataConfig(intransitive=Intransitive.keep))
+    for stage, same in (("sft", True), ("rm", False), ("ppo", True)):
+        inputs = [stage_inputs(cfg, stage, 1, {}, {}) for cfg in (drop, keep)]
+        assert (inputs[0] == inputs[1]) is same
 
 
 def test_a_malformed_comparison_names_file_line_and_field(tmp_path: Path) -> None:
