@@ -20,6 +20,11 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf.config import Config, check_all
 from rlhf.errors import ConfigError, RLHFError
 
+# Options of other samplers, whose samples would not have the log-probabilities that PPO computes for them.
+FILTERS = frozenset(
+    ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "min_new_tokens", "min_length",
+     "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "num_beams")
+)  # fmt: skip
 CONF_DIR = str(Path(__file__).resolve().parent.parent / "conf")
 
 
@@ -68,6 +73,11 @@ def unknown_key(key: str) -> str:
     key = re.sub(r"^\++", "", key)
     keys = list(schema_keys())
     leaf = key.rpartition(".")[2]
+    if leaf in FILTERS:
+        return (
+            f"{key}: no such key, and there will be none: responses are drawn from the model's own distribution at a "
+            "temperature, and log-probabilities do not model a filter on top; ppo.temperature is what can be set"
+        )
     near = difflib.get_close_matches(key, keys, 1, 0.6)
     near = near or [k for k in keys if k.rpartition(".")[2] in difflib.get_close_matches(leaf, [leaf], 1)][:1]
     near = near or [k for k in keys if difflib.SequenceMatcher(None, leaf, k.rpartition(".")[2]).ratio() > 0.7][:1]

@@ -9,7 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from rlhf.compose import CONF_DIR, register, schema_keys, stray_keys, to_config, unknown_key
+from rlhf.compose import CONF_DIR, friendly, register, schema_keys, stray_keys, to_config, unknown_key
 from rlhf.config import Config, OptimConfig, PpoConfig, check_all
 from rlhf.errors import ConfigError
 from rlhf.launch import from_plain, to_plain
@@ -61,6 +61,18 @@ def test_a_key_that_the_schema_lacks_is_named() -> None:
 )
 def test_the_nearest_key_is_offered(typo: str, meant: str) -> None:
     assert f"did you mean {meant}?" in unknown_key(typo)
+
+
+@pytest.mark.parametrize("name", ["top_k", "top_p", "min_new_tokens", "repetition_penalty"])
+@pytest.mark.parametrize("override", ["ppo.{}=5", "+ppo.{}=5", "+sample.{}=5"])
+def test_sampling_filters_are_refused_and_told_why(name: str, override: str) -> None:
+    try:
+        composed("experiment=own", "model.path=some/model", override.format(name))
+    except Exception as error:  # Hydra's own for a key that it does not know
+        told = str(friendly(error))
+        assert name in told and "log-probabilities do not model a filter" in told
+    else:
+        pytest.fail("accepted")
 
 
 def test_the_schema_lists_nested_keys_once() -> None:
