@@ -132,9 +132,11 @@ class Learner:
     def _move(self, role: str, optimizer: torch.optim.Optimizer, minibatch: Sequence[Episode], update: int) -> float:
         """Clip the role's gradients, step, and return their norm."""
         model = getattr(self.roles, role)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.cfg.max_grad_norm or math.inf)  # 0: none
-        bad = "" if torch.isfinite(norm) else _first_bad_gradient(model)
+        moved = [p for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in moved])
+        bad = "" if torch.isfinite(norm) else _first_bad_gradient(model)  # clipping would spread the NaN to every one
         require_finite(not bad, f"{role} gradient {bad}", update, [e.name for e in minibatch])
+        torch.nn.utils.clip_grads_with_norm_(moved, self.cfg.max_grad_norm or math.inf, norm)  # 0: none
         optimizer.step()
         return float(norm)
 
