@@ -179,6 +179,8 @@ def test_the_pad_token_and_the_generation_config_do_not_matter(tmp_path: Path, p
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(model)
+    told = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps({**told, "pad_token_id": told["eos_token_id"]}), encoding="utf-8")
     filters = {"do_sample": True, "top_k": 1, "top_p": 0.1, "repetition_penalty": 9.0, "min_new_tokens": 5}
     GenerationConfig(**filters).save_pretrained(model)
     ppo.run(config(), context(tmp_path / "ppo", model))
