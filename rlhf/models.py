@@ -106,6 +106,8 @@ def _load(auto: Any, path: str | Path, model: ModelConfig, **options: Any) -> tu
         raise ConfigError(f"{where}: shapes of {_some(names)} do not fit its config.json")
     if not options and any(key.startswith("score.") for key in info["unexpected_keys"]):
         raise ConfigError(f"{where}: holds a reward model (it has score.weight), not a causal LM")
+    # The library leaves the pad token's row untrained; where pad is the end token, that would be the end token's.
+    loaded.get_input_embeddings().padding_idx = None
     return loaded, sorted(info["missing_keys"])
 
 

@@ -21,7 +21,6 @@ import pytest
 import torch
 from ppo_tiny import config, context, early_letters, metrics, ppo_config
 from safetensors.torch import load_file
-from supervised_toys import tiny_base
 from test_ppo_loop import assert_same_run
 from test_ppo_update import roles_of
 from test_rollout import EOS, make
@@ -256,8 +255,14 @@ def test_a_reward_behind_http_is_the_function_it_calls(
 
 
 def test_a_model_with_another_tokenizer_scores_what_it_scores_alone(tmp_path: Path, tiny_model: Path) -> None:
-    """A reward model that reads words, for a policy that writes bytes."""
-    base = tiny_base(tmp_path / "base")
+    """A reward model that knows the policy's letters under other ids."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    core = json.loads((base / "tokenizer.json").read_text())
+    letters = sorted(token for token in core["model"]["vocab"] if len(token) == 1)
+    ids = [core["model"]["vocab"][token] for token in letters]
+    core["model"]["vocab"] |= dict(zip(letters, ids[7:] + ids[:7], strict=True))
+    (base / "tokenizer.json").write_text(json.dumps(core))
     model = load_reward_model(base, ModelConfig(), torch.device("cpu"), init_head=True)
     with torch.no_grad():
         model.score.weight.mul_(50)
