@@ -69,7 +69,9 @@ def test_the_plan_counts_the_base_once(tiny_model: Path) -> None:
     """An adapter of rank r on a map from n to m numbers has r (n + m) weights. A layer maps 8 to 8 twice (q, o), 8 to 4
     twice (k, v), 8 to 16 twice and back once: 128 r, and there are two layers."""
     cfg = settings()
-    run: Any = SimpleNamespace(cfg=cfg, base=lambda: tiny_model, world=None)
+    run: Any = SimpleNamespace(
+        cfg=cfg, base=lambda: tiny_model, world=None, parents_of=lambda stage: ("sft", "rm")
+    )  # fmt: skip
     base = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
     supervised = [("sft model", base, base), ("rm model", base, base)]
     ours = [("ppo shared base", base, 0), ("ppo policy", 512, 512)]
