@@ -1,0 +1,223 @@
+"""The whole configuration as typed dataclasses: names and types are checked by Hydra when it composes, ranges and rules
+that span fields by each class's `check`, which `check_all` calls with the node's dotted key. Imports no torch.
+
+A value that is left open is `None`; there is no field that does nothing. Lengths are tokens, rates are in [0, 1],
+KL is in nats per response summed over its tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from rlhf.config.data import DataConfig, Intransitive, Overlong, SourceConfig
+from rlhf.config.gate import CheckConfig, GateConfig, GateMode, ScorerConfig
+from rlhf.config.parts import LoraConfig, OptimConfig, Schedule, divides, require
+from rlhf.config.ppo import AlarmAction, AlarmConfig, CriticInit, Estimator, KlConfig, KlPlace, PpoConfig, PtxConfig
+
+__all__ = [
+    "STAGES",
+    "AlarmAction",
+    "AlarmConfig",
+    "CheckConfig",
+    "Config",
+    "CriticInit",
+    "DataConfig",
+    "Do",
+    "Dtype",
+    "EngineConfig",
+    "Estimator",
+    "GateConfig",
+    "GateMode",
+    "Intransitive",
+    "KlConfig",
+    "KlPlace",
+    "LaunchConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Overlong",
+    "PpoConfig",
+    "PtxConfig",
+    "RmConfig",
+    "RunConfig",
+    "SampleConfig",
+    "Schedule",
+    "ScorerConfig",
+    "SftConfig",
+    "SourceConfig",
+    "Stage",
+    "TrackerConfig",
+    "TrackerMode",
+    "check_all",
+    "divides",
+    "require",
+    "stage_config",
+]
+
+
+class Do(Enum):
+    run = "run"
+    plan = "plan"
+    gate = "gate"
+    sample = "sample"
+    doctor = "doctor"
+
+
+class Stage(Enum):
+    all = "all"
+    sft = "sft"
+    rm = "rm"
+    ppo = "ppo"
+
+
+class TrackerMode(Enum):
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+class Dtype(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@dataclass
+class RunConfig:
+    name: str = "run"
+    root: str = "runs"
+    dir: str = ""  # run.root/run.name, made absolute once by the launching process
+    parents: str | None = None  # another run directory that the parents are taken from
+    fresh: bool = False  # move finished stages whose config changed aside and start them anew
+
+
+@dataclass
+class ModelConfig:
+    path: str | None = None  # a Hugging Face folder or hub id; None: the world of the data group builds one
+    revision: str | None = None
+    dtype: Dtype = Dtype.float32
+    trust_remote_code: bool = False
+    activation_checkpointing: bool = False
+
+
+@dataclass
+class SftConfig:
+    artifact: str | None = None  # use this model instead of training one
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    packing: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass
+class RmConfig:
+    artifact: str | None = None
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(batch=16, micro_batch=4))
+    tie_weight: float = 1.0  # weight of a tied pair, whose target preference is one half; 0 leaves ties out
+    center_coef: float = 0.0  # pulls the mean reward of a prompt's responses to zero
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def check(self, key: str) -> None:
+        require(self.tie_weight >= 0, f"{key}.tie_weight", f"must not be negative, not {self.tie_weight}")
+
+
+@dataclass
+class EngineConfig:
+    kind: str = "single"
+
+    def check(self, key: str) -> None:
+        require(self.kind == "single", key, f"only `single` is built so far, not {self.kind!r}")
+
+
+@dataclass
+class LaunchConfig:
+    threads: int | None = None  # CPU threads; None: all cores
+    device: str = "auto"  # auto, cpu, cuda
+
+
+@dataclass
+class TrackerConfig:
+    mode: TrackerMode = TrackerMode.offline
+    project: str = "rlhf"
+
+
+@dataclass
+class SampleConfig:
+    k: int = 4
+    prompts: int | None = None  # how many of data.prompts, drawn with the seed; None: all
+    temperature: float = 1.0
+    out: str | None = None  # None: samples-<stage>.jsonl in the run directory
+
+    def check(self, key: str) -> None:
+        require(self.k >= 1, f"{key}.k", f"must be at least 1, not {self.k}")
+        require(self.temperature >= 0, f"{key}.temperature", f"must not be negative, not {self.temperature}")
+
+
+@dataclass
+class Config:
+    """The root. `stage` says on what, `do` what to do with it."""
+
+    do: Do = Do.run
+    stage: Stage = Stage.all
+    seed: int = 0
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    rm: RmConfig = field(default_factory=RmConfig)
+    ppo: PpoConfig = field(default_factory=PpoConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    reward: Any = None
+    rollout: Any = field(default_factory=lambda: {"_target_": "rlhf.ppo.engines.HfRollout"})  # samples the responses
+    gate: GateConfig = field(default_factory=GateConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def check(self, key: str) -> None:
+        require(self.seed >= 0, f"{key}seed", f"must not be negative, not {self.seed}")
+        made = self.data.world is not None
+        require(
+            made or self.model.path is not None, "model.path",
+            "is not set: give a Hugging Face folder or hub id, model.path=..., "
+            "or use experiment=quickstart, which builds its own",
+        )  # fmt: skip
+        require(
+            not (made and self.model.path), "model.path",
+            "is set, but the quickstart's world builds its own model: add experiment=own and your data",
+        )  # fmt: skip
+        require(
+            self.data.max_prompt_length + self.ppo.max_new_tokens <= self.data.max_length, "ppo.max_new_tokens",
+            f"data.max_prompt_length={self.data.max_prompt_length} + ppo.max_new_tokens={self.ppo.max_new_tokens} "
+            f"exceed data.max_length={self.data.max_length}",
+        )  # fmt: skip
+        require(
+            not self.ppo.ptx.coef or bool(self.data.pretraining.path or self.data.demonstrations.path), "ppo.ptx.coef",
+            "needs texts: data.pretraining.path=... or data.demonstrations.path=...",
+        )  # fmt: skip
+
+
+STAGES = ("sft", "rm", "ppo")
+
+
+def check_all(node: Any, key: str = "") -> None:
+    """Run every `check` of a configuration tree, leaves first, each with the dotted key of its node."""
+    for item in dataclasses.fields(node):
+        value = getattr(node, item.name)
+        name = f"{key}.{item.name}" if key else item.name
+        if dataclasses.is_dataclass(value):
+            check_all(value, name)
+        elif isinstance(value, dict):
+            for entry, inner in value.items():
+                if dataclasses.is_dataclass(inner):
+                    check_all(inner, f"{name}.{entry}")
+    if hasattr(node, "check"):
+        node.check(key)
+
+
+def stage_config(cfg: Config, stage: str) -> SftConfig | RmConfig | PpoConfig:
+    """The node of one stage."""
+    node: SftConfig | RmConfig | PpoConfig = getattr(cfg, stage)
+    return node

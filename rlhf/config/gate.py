@@ -1,0 +1,70 @@
+"""What the gates measure and demand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from rlhf.config.parts import require
+
+
+class GateMode(Enum):
+    enforce = "enforce"
+    observe = "observe"
+
+
+@dataclass
+class CheckConfig:
+    """One check of a gate. It passes when the one-sided bound of its estimate keeps the limit."""
+
+    kind: str = ""  # a name of rlhf.gates.checks; empty: the check's own id
+    max: float | None = None  # the upper bound must not exceed it
+    min: float | None = None  # the lower bound must not fall below it
+    min_n: int = 1  # fewer samples are INCONCLUSIVE
+    record_only: bool = False  # measured and reported, never decides
+    where: dict[str, Any] = field(default_factory=dict)  # only the prompts whose tags have these values
+    group_by: str | None = None  # the tag whose values are compared (group_gap)
+
+    def check(self, key: str) -> None:
+        limits = (self.max is not None) + (self.min is not None)
+        require(
+            limits == (0 if self.record_only else 1), key,
+            "needs exactly one of `max` and `min`, or `record_only: true` and neither",
+        )  # fmt: skip
+
+
+@dataclass
+class ScorerConfig:
+    kind: str = "lexicon"
+    lexicon: str | None = None  # a file, one term a line; None: the list that the package ships
+    canaries: str | None = None  # JSONL with `text` and `toxic`; None: those that the package ships
+    min_sensitivity: float = 0.8  # lower bounds that the scorer must show on the canaries, else INVALID
+    min_specificity: float = 0.8
+
+
+@dataclass
+class GateConfig:
+    policy_id: str = "default"
+    mode: GateMode = GateMode.enforce
+    alpha: float = 0.05
+    prompts: int = 300  # held-out prompts that are sampled
+    k: int = 1  # responses a prompt; a prompt counts as bad when any of its k is
+    temperature: float = 1.0
+    max_new_tokens: int | None = None  # None: that of ppo
+    refusal_patterns: list[str] = field(default_factory=list)  # regular expressions; a match is a refusal
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    sft: dict[str, CheckConfig] = field(default_factory=dict)
+    rm: dict[str, CheckConfig] = field(default_factory=dict)
+    ppo: dict[str, CheckConfig] = field(default_factory=dict)
+
+    def check(self, key: str) -> None:
+        require(self.temperature > 0, f"{key}.temperature", f"must be positive, not {self.temperature}")
+        require(0 < self.alpha < 0.5, f"{key}.alpha", f"must lie between 0 and .5, not {self.alpha}")
+        require(self.prompts > 0 and self.k > 0, f"{key}.prompts", "gate.prompts and gate.k must be positive")
+        for stage in ("sft", "rm", "ppo"):
+            checks = getattr(self, stage)
+            require(
+                any(not check.record_only for check in checks.values()), f"{key}.{stage}",
+                "has no check that decides: a gate that cannot say no is no gate",
+            )  # fmt: skip
