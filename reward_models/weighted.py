@@ -15,7 +15,7 @@ from typing import Any
 
 from rlhf.adapters import SharedBase
 from rlhf.errors import ConfigError
-from rlhf.rewards import build_reward
+from rlhf.rewards import build_reward, part_scores
 
 
 class WeightedSum:
@@ -53,14 +53,7 @@ class WeightedSum:
         """One number a response; `details` then holds what each part said."""
         sums = [0.0] * len(responses)
         for name, part in self.parts.items():
-            scores = part.reward.score(prompts, responses, rows)
-            if len(scores) != len(responses):
-                raise ValueError(f"part {name!r} gave {len(scores)} scores for {len(responses)} responses")
-            said = []
-            for score in scores:
-                if isinstance(score, Sequence) or not hasattr(score, "__float__"):
-                    raise ValueError(f"part {name!r} must give one number a response, not {score!r}")
-                said.append(float(score))
+            said = part_scores(name, part.reward, prompts, responses, rows)
             mean, std = part.mean or 0.0, part.std or 1.0
             sums = [total + self.weights[name] * (score - mean) / std for total, score in zip(sums, said, strict=True)]
             self.details[name] = said

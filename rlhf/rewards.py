@@ -90,6 +90,23 @@ def _stored(artifact: Any, model: Path | None, extra: Mapping[str, Any]) -> Mapp
     return found
 
 
+def part_scores(
+    name: str, reward: Reward, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> list[float]:
+    """One number a response from a reward that is part of another; ValueError names the part otherwise."""
+    scores = reward.score(prompts, responses, rows)
+    if len(scores) != len(responses):
+        raise ValueError(f"part {name!r} gave {len(scores)} scores for {len(responses)} responses")
+    said = []
+    for score in scores:
+        if isinstance(score, Sequence) or not hasattr(score, "__float__"):
+            raise ValueError(f"part {name!r} must give one number a response, not {score!r}")
+        said.append(float(score))
+        if not math.isfinite(said[-1]):
+            raise ValueError(f"the score of part {name!r} is {score}")
+    return said
+
+
 def holdout_node(spec: Any) -> Any:
     """ppo.holdout as a node like `reward`: the folder of a reward model stands for one that is trained."""
     return {"_target_": "reward_models.trained.TrainedReward", "artifact": spec} if isinstance(spec, str) else spec
