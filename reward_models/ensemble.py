@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.adapters import SharedBase
 from rlhf.errors import ConfigError
 from rlhf.rewards import build_reward, part_scores
 
@@ -24,13 +25,15 @@ class Ensemble:
 
     members: by name, at least two nodes like `reward`. mode: mean or worst. k: at least 0, of mode=mean alone.
     artifact: the reward model of a member that names none; PPO gives that of the run.
+    trust_remote_code, shared_base: given by PPO, for the members that take them.
     """
 
     mean, std = 0.0, 1.0  # the members are normalised already
 
     def __init__(
-        self, members: Mapping[str, Mapping[str, Any]], mode: str = "mean", k: float = 1.0, artifact: str | None = None
-    ) -> None:
+        self, members: Mapping[str, Mapping[str, Any]], mode: str = "mean", k: float = 1.0,
+        artifact: str | None = None, trust_remote_code: bool = False, shared_base: SharedBase | None = None,
+    ) -> None:  # fmt: skip
         if len(members) < 2:
             raise ConfigError(f"reward.members: needs at least two, not {len(members)}")
         if "disagreement" in members:
@@ -41,7 +44,10 @@ class Ensemble:
             raise ConfigError(f"reward.k={k}: must be a number of at least 0")
         self.mode, self.k = mode, float(k)
         model = None if artifact is None else Path(artifact)
-        self.members = {n: build_reward(node, model, key=f"reward.members.{n}") for n, node in members.items()}
+        given = {"trust_remote_code": trust_remote_code, "shared_base": shared_base}
+        self.members = {
+            name: build_reward(node, model, key=f"reward.members.{name}", **given) for name, node in members.items()
+        }
         self.details: dict[str, list[float]] = {}
 
     def score(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -126,8 +126,8 @@ def test_attempts_are_bounded_and_the_last_failure_is_told(server: Server) -> No
         (reply(204, b""), "status 204; 200 is needed"),
         (reply(401, b""), "status 401: the server refuses the key"),
         (reply(404, b""), "status 404"),
-        (reply(302, b"", Location="http://elsewhere.invalid/"), "status 302: redirects .* elsewhere.invalid"),
-        (reply(307, b"", Location="http://elsewhere.invalid/"), "status 307: redirects .* elsewhere.invalid"),
+        (reply(302, b"", Location="http://elsewhere.invalid/"), "status 302: redirects .*elsewhere.invalid"),
+        (reply(307, b"", Location="http://elsewhere.invalid/"), "status 307: redirects .*elsewhere.invalid"),
     ],
 )
 def test_what_another_attempt_cannot_mend_is_an_error_at_once(server: Server, answer: Answer, message: str) -> None:
