@@ -44,9 +44,11 @@ class Ensemble:
             raise ConfigError(f"reward.k={k}: must be a number of at least 0")
         self.mode, self.k = mode, float(k)
         model = None if artifact is None else Path(artifact)
-        given = {"trust_remote_code": trust_remote_code, "shared_base": shared_base}
         self.members = {
-            name: build_reward(node, model, key=f"reward.members.{name}", **given) for name, node in members.items()
+            name: build_reward(
+                node, model, key=f"reward.members.{name}", shared_base=shared_base, trust_remote_code=trust_remote_code
+            )
+            for name, node in members.items()
         }
         self.details: dict[str, list[float]] = {}
 
