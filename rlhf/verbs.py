@@ -27,7 +27,8 @@ DISK_FULL = ("No space left on device", "os error 28", "PytorchStreamWriter fail
 
 def dispatch(cfg: Config) -> int:
     """Do what `cfg.do` says; the exit code."""
-    torch.set_num_threads(cfg.launch.threads or os.cpu_count() or 1)
+    if cfg.launch.threads is not None:
+        torch.set_num_threads(cfg.launch.threads)
     _quiet_libraries()
     verbs = {Do.run: run, Do.plan: plan, Do.gate: gate, Do.sample: sample, Do.doctor: doctor}
     try:

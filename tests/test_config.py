@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from rlhf.compose import CONF_DIR, friendly, register, schema_keys, stray_keys, to_config, unknown_key
-from rlhf.config import Config, OptimConfig, PpoConfig, check_all
+from rlhf.config import Config, LaunchConfig, OptimConfig, PpoConfig, check_all
 from rlhf.errors import ConfigError
 from rlhf.launch import from_plain, to_plain
 
@@ -88,6 +88,7 @@ def test_the_schema_lists_nested_keys_once() -> None:
         (OptimConfig(batch=16, micro_batch=0), "x.micro_batch"),
         (OptimConfig(warmup=1.0), "x.warmup"),
         (PpoConfig(updates=0), "x.updates"),
+        (LaunchConfig(threads=0), "x.threads"),
         (PpoConfig(temperature=0.0), "x.temperature"),
     ],
 )

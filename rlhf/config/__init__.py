@@ -132,8 +132,11 @@ class EngineConfig:
 
 @dataclass
 class LaunchConfig:
-    threads: int | None = None  # CPU threads; None: all cores
+    threads: int | None = None  # CPU threads; None: OMP_NUM_THREADS, or the physical cores
     device: str = "auto"  # auto, cpu, cuda
+
+    def check(self, key: str) -> None:
+        require(self.threads is None or self.threads > 0, f"{key}.threads", f"must be positive, not {self.threads}")
 
 
 @dataclass
