@@ -197,7 +197,8 @@ def pad_right(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple
 
 
 def micro_batches(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
-    """Places in `lengths`, longest first, in groups of at most `micro_tokens` tokens when padded (or of one row)."""
+    """Places in `lengths`, longest first, in groups of at most `micro_tokens` tokens when padded; a longer row makes a
+    group of its own. Longest first, so that memory runs out early or never."""
     groups: list[list[int]] = []
     for place in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= micro_tokens:

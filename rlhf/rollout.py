@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
+from rlhf.models import micro_batches
+
 NOISE_STEPS, NOISE_BLOCK = 8, 1 << 16  # what a generator draws ahead, steps and numbers: part of what a seed means
 
 
@@ -69,20 +71,6 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cut rows of these lengths, sorted by length, into lists of row numbers of at most `max_tokens` padded tokens.
-
-    A row longer than `max_tokens` makes a list of its own. Longest first, so that memory runs out early or never.
-    """
-    cuts: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if cuts and lengths[cuts[-1][0]] * (len(cuts[-1]) + 1) <= max_tokens:
-            cuts[-1].append(row)
-        else:
-            cuts.append([row])
-    return cuts
 
 
 def collate(prompts: Sequence[list[int]], responses: Sequence[list[int]], device: torch.device) -> Rows:

@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from rlhf.models import micro_batches
 from rlhf.rollout import (
     Sampling,
     collate,
     generate,
     logprob_and_entropy,
-    micro_batches,
     response_logits,
     seed_of,
     sequence_logprobs,

@@ -14,9 +14,9 @@ import torch
 from rlhf.errors import Invalid
 from rlhf.gates.measured import Loss, Measured, RankedRewards, Sample
 from rlhf.gates.scorers import Scorer, checked_scores
-from rlhf.models import load_policy, load_reward_model, pad_right, read_scores
+from rlhf.models import load_policy, load_reward_model, micro_batches, pad_right, read_scores
 from rlhf.render import Renderer, load_tokenizer
-from rlhf.rollout import Response, Sampling, generate, micro_batches, seed_of, sequence_logprobs
+from rlhf.rollout import Response, Sampling, generate, seed_of, sequence_logprobs
 from rlhf.types import Messages
 
 if TYPE_CHECKING:

@@ -16,12 +16,13 @@ from torch.nn.utils.rnn import pad_sequence
 from rlhf.advantages import gae, group_norm, rloo, shaped_rewards, token_mask
 from rlhf.config import Estimator, KlPlace, PpoConfig
 from rlhf.losses import kl_k1, whiten
+from rlhf.models import micro_batches
 from rlhf.ppo.engines import RolloutEngine, checked_responses
 from rlhf.ppo.finite import require_finite
 from rlhf.ppo.roles import Critic, Roles
 from rlhf.render import Renderer
 from rlhf.rewards import BuiltReward, Score, checked_scores
-from rlhf.rollout import Sampling, collate, micro_batches, seed_of, sequence_logprobs
+from rlhf.rollout import Sampling, collate, seed_of, sequence_logprobs
 from rlhf.types import Prompt
 
 

@@ -10,12 +10,13 @@ import torch
 
 from rlhf.config import PpoConfig
 from rlhf.losses import kl_k3
+from rlhf.models import micro_batches
 from rlhf.ppo.engines import RolloutEngine
 from rlhf.ppo.episodes import Episode, rollout, score
 from rlhf.ppo.roles import Roles
 from rlhf.render import Renderer
 from rlhf.rewards import BuiltReward
-from rlhf.rollout import collate, evaluating, micro_batches, response_logits, seed_of, sequence_logprobs, widen
+from rlhf.rollout import collate, evaluating, response_logits, seed_of, sequence_logprobs, widen
 from rlhf.types import Prompt
 
 SHOWN = 8  # samples that are recorded at each evaluation

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rlhf.config import KlPlace, PpoConfig, Schedule
 from rlhf.losses import clipped_policy_loss, clipped_value_loss, explained_variance, kl_k3
+from rlhf.models import micro_batches
 from rlhf.ppo.episodes import Episode
 from rlhf.ppo.finite import require_finite
 from rlhf.ppo.ptx import Document, draw_documents
@@ -26,7 +27,6 @@ from rlhf.rollout import (
     Rows,
     collate,
     logprob_and_entropy,
-    micro_batches,
     response_logits,
     seed_of,
     token_logprobs,
