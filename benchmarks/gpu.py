@@ -109,7 +109,7 @@ class Ours:
         watch = Stopwatch(self.device)
         episodes = watch.time("generate", lambda: self.sample(number, self.tokens))
         watch.time("score", lambda: self._score(episodes, number))
-        watch.time("train", lambda: self.learner.learn(episodes, number))
+        watch.time("train", lambda: self._train(episodes, number))
         return watch.laps
 
     def sample(self, number: int, new_tokens: int) -> list[Episode]:
@@ -129,7 +129,11 @@ class Ours:
         for episode, value in zip(episodes, scores, strict=True):
             episode.score = value
         compare(episodes, self.roles, self.cfg, number)
+
+    def _train(self, episodes: Sequence[Episode], number: int) -> None:
+        self.learner.appraise(episodes, number)
         estimate(episodes, self.cfg, self.cfg.kl.coef)
+        self.learner.learn(episodes, number)
 
 
 def _one_label(config: OPTConfig) -> OPTConfig:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlhf.config import Dtype, LaunchConfig, ModelConfig
 from rlhf.errors import ConfigError, TrainingError
+from rlhf.last_layer import last_layer_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -215,9 +216,11 @@ def read_scores(model: Any, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
     path is the fast one.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden_BTD = getattr(inner, inner.base_model_prefix)(input_ids=ids_BT, use_cache=False).last_hidden_state
-    last_BD = hidden_BTD[torch.arange(len(lengths_B), device=hidden_BTD.device), lengths_B - 1]
-    scores_B: Tensor = inner.score(last_BD)[:, 0].float()
+    body = getattr(inner, inner.base_model_prefix)
+    last_B = torch.arange(len(lengths_B), device=ids_BT.device) * ids_BT.shape[1] + lengths_B - 1
+    with last_layer_at(body, last_B):
+        hidden_BTD = body(input_ids=ids_BT, use_cache=False).last_hidden_state
+    scores_B: Tensor = inner.score(hidden_BTD.flatten(0, 1)[last_B])[:, 0].float()
     return scores_B
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
+from rlhf.last_layer import last_layer_at
 from rlhf.models import micro_batches
 
 NOISE_STEPS, NOISE_BLOCK = 8, 1 << 16  # what a generator draws ahead, steps and numbers: part of what a seed means
@@ -105,7 +106,8 @@ def response_logits(model: Any, rows: Rows) -> Tensor:
 
     handle = model.get_output_embeddings().register_forward_pre_hook(pick)
     try:
-        logits: Tensor = model(input_ids=rows.ids_BT, use_cache=False).logits
+        with last_layer_at(model, rows.take_N):
+            logits: Tensor = model(input_ids=rows.ids_BT, use_cache=False).logits
     finally:
         handle.remove()
     return logits.squeeze(0)
@@ -246,9 +248,12 @@ class _Decoder:
             extra["attention_mask"] = self.mask_BT
         if self.takes_positions:
             extra["position_ids"] = self.position_BT
-        out = self.model(
-            input_ids=self.ids_BT, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **extra
-        )  # fmt: skip
+        rows, width = self.ids_BT.shape
+        last_B = torch.arange(1, rows + 1, device=self.device) * width - 1
+        with last_layer_at(self.model, last_B) if width > 1 else nullcontext():
+            out = self.model(
+                input_ids=self.ids_BT, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **extra
+            )  # fmt: skip
         logits: Tensor = out.logits[:, -1]
         return logits
 

@@ -81,7 +81,7 @@ class Loop:
 
     def _update(self, update: int) -> dict[str, float]:
         clock = Clock()
-        # 3. Sample from the policy, score the text, compare with the reference and the critic.
+        # 3. Sample from the policy, score the text, compare with the reference.
         cfg, state = self.ppo, self.progress
         drawn = draw(self.prompts, self.cfg.seed, update, cfg.batch, cfg.group)
         episodes = rollout(self.engine, self.roles.policy, self.context.renderer, cfg, drawn)
@@ -90,12 +90,14 @@ class Loop:
         clock.lap("time/score")
         compare(episodes, self.roles, cfg, update)
         clock.lap("time/compare")
-        # 4. r_t = [t = T] score - coef * (log p - log p_ref); advantages by GAE, or against the group.
+        # 4. The critic's values; r_t = [t = T] score - coef * (log p - log p_ref); advantages by GAE, or against the
+        # group.
+        self.learner.kl_coef = state.kl_coef
+        self.learner.appraise(episodes, update)
         estimate(episodes, cfg, state.kl_coef)
         if update == 1:
             check_first_rollout(self.roles.policy, episodes, self.learner.minibatches(episodes, update), cfg)
         # 5. Clipped policy and value losses over epochs of minibatches.
-        self.learner.kl_coef = state.kl_coef
         metrics = watch.rollout_metrics(episodes) | self.learner.learn(episodes, update)
         metrics["kl/coef"] = state.kl_coef
         if state.average is not None and cfg.ema:

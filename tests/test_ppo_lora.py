@@ -114,7 +114,8 @@ def test_gradients_are_those_of_models_of_their_own(kind: str, checkpointing: bo
             values = each.critic(rows).square().sum()
             (values - token_logprobs(response_logits(each.policy, rows), rows.targets_N, 0.8).sum()).backward()
         else:
-            Learner(each, cfg, 0).accumulate(episodes, 1, defaultdict(float))
+            for role in ("policy", "critic"):
+                Learner(each, cfg, 0).accumulate(role, episodes, 1, defaultdict(float))
     shared, alone = gradients(roles), gradients(apart)
     assert shared.keys() == alone.keys() and len(shared) > 20
     assert all(gradient.abs().max() > 1e-6 for gradient in alone.values())

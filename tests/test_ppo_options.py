@@ -62,9 +62,9 @@ def test_k3_in_the_loss_leaves_the_rewards_alone_and_pulls_as_its_derivative_say
     grads = []
     for place in (KlPlace.loss, KlPlace.reward):
         learner = Learner(roles, ppo_config(kl=KlConfig(coef=0.7, place=place)), 0)
-        learner.accumulate(episodes, 1, defaultdict(float))
+        learner.accumulate("policy", episodes, 1, defaultdict(float))
         grads.append(roles.policy.lm_head.weight.grad.clone())
-        learner.clear()
+        learner.policy_optimizer.zero_grad()
     given, ids = [e.prompt_ids for e in episodes], [e.ids for e in episodes]
     with torch.enable_grad():
         logp = _logprobs_with_grad(roles.policy, given, ids, cfg.temperature)
@@ -90,7 +90,7 @@ def test_ptx_adds_the_gradient_of_the_documents_mean_loss() -> None:
     sums: defaultdict[str, float] = defaultdict(float)
     learner._accumulate_ptx(2, 1, sums)
     got = roles.policy.transformer.wte.weight.grad.clone()
-    learner.clear()
+    learner.policy_optimizer.zero_grad()
     drawn = draw_documents(documents, 5, 2, 1, 8)
     assert len({d.name for d in drawn}) > 1 and drawn != draw_documents(documents, 5, 2, 2, 8)
     nll = -_logprobs_with_grad(roles.policy, [d.given for d in drawn], [d.ids for d in drawn], 1.0).mean()

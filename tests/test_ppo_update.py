@@ -16,7 +16,7 @@ from rlhf.advantages import gae, rloo, shaped_rewards
 from rlhf.config import KlConfig, PpoConfig, Schedule
 from rlhf.errors import TrainingError
 from rlhf.ppo.checks import check_action_tokens, check_first_rollout, check_placement
-from rlhf.ppo.episodes import Episode, compare, draw, estimate, paid
+from rlhf.ppo.episodes import Episode, compare, draw, estimate, paid, read_values
 from rlhf.ppo.evaluate import distinct, repeated
 from rlhf.ppo.roles import Roles, assemble
 from rlhf.ppo.update import Learner, rate_factor
@@ -60,7 +60,8 @@ def gradients(kind: str, micro_tokens: int, *, checkpointing: bool = False) -> t
         for p in [*roles.policy.parameters(), *roles.critic.parameters()]:
             p.add_(0.03 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
     sums: defaultdict[str, float] = defaultdict(float)
-    Learner(roles, cfg, 0).accumulate(episodes, 1, sums)
+    for role in ("policy", "critic"):
+        Learner(roles, cfg, 0).accumulate(role, episodes, 1, sums)
     named = [*roles.policy.named_parameters(), *roles.critic.named_parameters()]
     return dict(sums), {name: p.grad for name, p in named if p.grad is not None}
 
@@ -212,6 +213,34 @@ def test_an_update_is_left_when_the_policy_has_moved_past_target_kl() -> None:
     free = Learner(copy.deepcopy(roles), ppo_config(**changes), 0).learn(episodes, 1)
     held = Learner(copy.deepcopy(roles), ppo_config(**changes, target_kl=1e-6), 0).learn(episodes, 1)
     assert (free["policy/steps"], held["policy/steps"]) == (4, 1)
+
+
+@pytest.mark.parametrize("minibatch", [2, 5])
+@pytest.mark.parametrize("estimator", ["fresh", "clipped"])
+def test_the_pass_that_reads_the_values_is_the_critics_first_step(minibatch: int, estimator: str) -> None:
+    """The same update as from values that were read beforehand, whatever part of the batch the first step is."""
+    roles = roles_of("llama")
+    cfg = ppo_config(minibatch=minibatch, batch=5, epochs=2, value_clip=None if estimator == "fresh" else 0.01)
+    with torch.no_grad():
+        roles.critic.head.weight.fill_(0.05)
+    episodes = episodes_of(roles, cfg)
+    twin, again = copy.deepcopy(roles), copy.deepcopy(episodes)
+    for episode, values in zip(again, read_values(twin.critic, again, cfg.micro_tokens), strict=True):
+        episode.values = values
+    estimate(again, cfg, cfg.kl.coef)
+    apart = Learner(twin, cfg, 0)
+    expected = apart.learn(again, 1)
+
+    learner = Learner(roles, cfg, 0)
+    learner.kl_coef = cfg.kl.coef
+    learner.appraise(episodes, 1)
+    assert all(e.values.abs().min() > 0 for e in episodes)
+    estimate(episodes, cfg, cfg.kl.coef)
+    for ours, theirs in zip(episodes, again, strict=True):
+        torch.testing.assert_close(ours.returns, theirs.returns, rtol=1e-12, atol=1e-14)
+    assert learner.learn(episodes, 1) == pytest.approx(expected, rel=1e-9)
+    for ours, theirs in zip(roles.critic.parameters(), twin.critic.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_repetition_measures() -> None:

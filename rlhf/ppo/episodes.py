@@ -125,17 +125,19 @@ def paid(raw: Score, built: BuiltReward, cfg: PpoConfig, *, finished: bool) -> S
 
 
 def compare(episodes: Sequence[Episode], roles: Roles, cfg: PpoConfig, update: int) -> None:
-    """Fill `reference` and, if there is a critic, `values`."""
+    """Fill `reference`; `values` with zeros, which is what they are without a critic."""
     prompts, responses = [e.prompt_ids for e in episodes], [e.ids for e in episodes]
     reference = sequence_logprobs(roles.reference, prompts, responses, cfg.temperature, cfg.micro_tokens)
     for episode, logp in zip(episodes, reference, strict=True):
         episode.reference, episode.values = logp, torch.zeros_like(logp)
-    if roles.critic is not None:
-        for episode, values in zip(episodes, read_values(roles.critic, episodes, cfg.micro_tokens), strict=True):
-            episode.values = values
-    for field_name in ("logp", "reference", "values"):
-        bad = [e.name for e in episodes if not torch.isfinite(getattr(e, field_name)).all()]
-        require_finite(not bad, f"rollout {field_name}", update, bad)
+    for field_name in ("logp", "reference"):
+        require_finite_rows(episodes, field_name, update)
+
+
+def require_finite_rows(episodes: Sequence[Episode], field_name: str, update: int) -> None:
+    """TrainingError that names the rows whose `field_name` is not finite."""
+    bad = [e.name for e in episodes if not torch.isfinite(getattr(e, field_name)).all()]
+    require_finite(not bad, f"rollout {field_name}", update, bad)
 
 
 def read_values(critic: Critic, episodes: Sequence[Episode], micro_tokens: int) -> list[Tensor]:

@@ -20,6 +20,7 @@ from rlhf.artifacts import atomic_folder
 from rlhf.config import Config, CriticInit, LoraConfig
 from rlhf.console import say
 from rlhf.errors import ConfigError
+from rlhf.last_layer import last_layer_at
 from rlhf.lora import merge_lora, open_adapter
 from rlhf.models import enable_activation_checkpointing, load_policy, load_reward_model, save_model, training_config
 from rlhf.render import load_tokenizer
@@ -49,7 +50,8 @@ class Critic(nn.Module):
 
     def forward(self, rows: Rows) -> Tensor:
         """values_N of the states in which the response tokens are chosen."""
-        hidden_BTH = self.body(input_ids=rows.ids_BT, use_cache=False).last_hidden_state
+        with last_layer_at(self.body, rows.take_N):
+            hidden_BTH = self.body(input_ids=rows.ids_BT, use_cache=False).last_hidden_state
         with torch.autocast(hidden_BTH.device.type, enabled=False):  # a value in bf16 would have two digits
             values: Tensor = self.head(widen(hidden_BTH.flatten(0, 1)[rows.take_N])).squeeze(-1)
         return values

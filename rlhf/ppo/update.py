@@ -19,7 +19,7 @@ from torch import Tensor
 from rlhf.config import KlPlace, PpoConfig, Schedule
 from rlhf.losses import clipped_policy_loss, clipped_value_loss, explained_variance, kl_k3
 from rlhf.models import micro_batches
-from rlhf.ppo.episodes import Episode
+from rlhf.ppo.episodes import Episode, estimate, read_values, require_finite_rows
 from rlhf.ppo.finite import require_finite
 from rlhf.ppo.ptx import Document, draw_documents
 from rlhf.ppo.roles import Critic, Roles
@@ -65,6 +65,7 @@ class Learner:
         self.kl_coef = cfg.kl.coef  # the loop sets it where it is adapted
         self.policy_optimizer = _adam(roles.policy, cfg.learning_rate)
         self.critic_optimizer = None if roles.critic is None else _adam(roles.critic, cfg.critic_learning_rate)
+        self._begun: Sums | None = None  # what was seen in the critic's first step while `appraise` waits for `learn`
 
     def learn(self, episodes: Sequence[Episode], update: int) -> dict[str, float]:
         """Epochs over one update's episodes; what happened, as means over tokens and optimiser steps."""
@@ -83,9 +84,11 @@ class Learner:
         }  # fmt: skip
 
     def _summary(self, episodes: Sequence[Episode], sums: Sums) -> dict[str, float]:
-        means = {name: value / sums["tokens"] for name, value in sums.items() if name not in _NOT_MEANS}
-        steps = max(1.0, sums["steps"])
-        found = means | {name: sums[name] / steps for name in sorted(_BY_STEP & sums.keys())}
+        found = {}
+        for name, value in sums.items():
+            per = "steps" if name in _BY_STEP else "tokens"
+            if name not in _NOT_MEANS:
+                found[name] = value / max(1.0, sums[f"{name.split('/')[0]}/{per}"])
         if self.roles.critic is not None:
             returns, values = torch.cat([e.returns for e in episodes]), torch.cat([e.values for e in episodes])
             found["critic/explained_variance"] = explained_variance(values, returns)
@@ -104,58 +107,78 @@ class Learner:
                 out.append([episodes[i] for i in order[start : start + self.cfg.minibatch]])
         return out
 
+    def appraise(self, episodes: Sequence[Episode], update: int) -> None:
+        """Fill `values` with what the critic says, if there is one.
+
+        For the first minibatch this is also the forward pass of the critic's first step, which `learn` then takes with
+        the gradients that are left here: an episode's returns need no values but its own.
+        """
+        if self.roles.critic is None:
+            return
+        self._begun = defaultdict(float)
+        first = self.minibatches(episodes, update)[0]
+        self.accumulate("critic", first, update, self._begun)
+        known = {id(e) for e in first}
+        rest = [e for e in episodes if id(e) not in known]
+        for episode, values in zip(rest, read_values(self.roles.critic, rest, self.cfg.micro_tokens), strict=True):
+            episode.values = values
+        require_finite_rows(episodes, "values", update)
+
     def _step(self, minibatch: Sequence[Episode], update: int, step: int, sums: Sums) -> bool:
-        """One optimiser step; False if the policy has moved past `target_kl`, with nothing changed."""
+        """One optimiser step of each role, in turn, so that one role's gradients are in memory at a time. False if the
+        policy has moved past `target_kl`; it then stays as it is, and so does a critic that had not begun."""
         here: Sums = defaultdict(float)
-        waiting = update <= self.cfg.critic_warmup
-        self.accumulate(minibatch, update, here, policy=not waiting)
-        if not waiting:
-            self._accumulate_ptx(update, step, here)
-        moved = here["policy/kl_old_new"] / len(minibatch)  # nats a response
-        go_on = self.cfg.target_kl is None or moved <= self.cfg.target_kl
-        largest = max(sums["policy/ratio_error_max"], here["policy/ratio_error_max"])
-        if not sums["episodes"]:
-            sums["policy/first_ratio_error"] = here["policy/ratio_error_max"]
-        if go_on:
-            if not waiting:
-                here["policy/grad_norm"] = self._move("policy", self.policy_optimizer, minibatch, update)
-                here["policy/steps"] = 1
-            if self.critic_optimizer is not None:
-                here["critic/grad_norm"] = self._move("critic", self.critic_optimizer, minibatch, update)
-            here["steps"] = 1
-        self.clear()
+        if self._begun is not None:
+            here, self._begun = self._begun, None
+            self._move("critic", minibatch, update, here)
+        went_on = update <= self.cfg.critic_warmup or self._policy_step(minibatch, update, step, here, sums)
+        if went_on and self.critic_optimizer is not None and not here["critic/steps"]:
+            self.accumulate("critic", minibatch, update, here)
+            self._move("critic", minibatch, update, here)
         for name, value in here.items():
             sums[name] += value
-        sums["policy/ratio_error_max"] = largest
-        return go_on
+        return went_on
 
-    def _move(self, role: str, optimizer: torch.optim.Optimizer, minibatch: Sequence[Episode], update: int) -> float:
-        """Clip the role's gradients, step, and return their norm."""
-        model = getattr(self.roles, role)
+    def _policy_step(self, minibatch: Sequence[Episode], update: int, step: int, here: Sums, sums: Sums) -> bool:
+        seen: Sums = defaultdict(float)
+        self.accumulate("policy", minibatch, update, seen)
+        self._accumulate_ptx(update, step, seen)
+        moved = seen["policy/kl_old_new"] / len(minibatch)  # nats a response
+        if not sums["episodes"]:
+            sums["policy/first_ratio_error"] = seen["policy/ratio_error_max"]
+        sums["policy/ratio_error_max"] = max(sums["policy/ratio_error_max"], seen.pop("policy/ratio_error_max"))
+        here.update(seen)
+        here["episodes"] += len(minibatch)
+        if self.cfg.target_kl is not None and moved > self.cfg.target_kl:
+            self.policy_optimizer.zero_grad(set_to_none=True)
+            return False
+        self._move("policy", minibatch, update, here)
+        return True
+
+    def _move(self, role: str, minibatch: Sequence[Episode], update: int, sums: Sums) -> None:
+        """Clip the role's gradients, step, drop them and note their norm."""
+        model, optimizer = getattr(self.roles, role), getattr(self, f"{role}_optimizer")
         moved = [p for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in moved])
         bad = "" if torch.isfinite(norm) else _first_bad_gradient(model)  # clipping would spread the NaN to every one
         require_finite(not bad, f"{role} gradient {bad}", update, [e.name for e in minibatch])
         torch.nn.utils.clip_grads_with_norm_(moved, self.cfg.max_grad_norm or math.inf, norm)  # 0: none
         optimizer.step()
-        return float(norm)
+        optimizer.zero_grad(set_to_none=True)
+        sums[f"{role}/grad_norm"] += float(norm)
+        sums[f"{role}/steps"] += 1
 
-    def accumulate(self, minibatch: Sequence[Episode], update: int, sums: Sums, *, policy: bool = True) -> None:
-        """Add the gradients of the losses of a minibatch to the parameters, and what was seen to `sums`."""
+    def accumulate(self, role: str, minibatch: Sequence[Episode], update: int, sums: Sums) -> None:
+        """Add the gradient of a role's loss over a minibatch to its parameters, and what was seen to `sums`."""
+        loss_of = {"policy": self._policy_loss, "critic": self._critic_loss}[role]
         total = sum(len(e.ids) for e in minibatch)
         for cut in micro_batches([e.tokens for e in minibatch], self.cfg.micro_tokens):
             chosen = [minibatch[i] for i in cut]
             rows = collate([e.prompt_ids for e in chosen], [e.ids for e in chosen], self.device)
-            if policy:
-                policy_N = self._policy_loss(rows, chosen, sums)
-                self._require_rows_finite(policy_N, "policy loss", chosen, update)
-                (policy_N.sum() / total).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-            if self.roles.critic is not None:
-                critic_N = self._critic_loss(self.roles.critic, rows, chosen, sums)
-                self._require_rows_finite(critic_N, "critic loss", chosen, update)
-                (critic_N.sum() / total).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        sums["tokens"] += total
-        sums["episodes"] += len(minibatch) if policy else 0
+            loss_N = loss_of(rows, chosen, sums)
+            self._require_rows_finite(loss_N, f"{role} loss", chosen, update)
+            (loss_N.sum() / total).backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        sums[f"{role}/tokens"] += total
 
     def _accumulate_ptx(self, update: int, step: int, sums: Sums) -> None:
         """Add the gradient of ptx.coef times the mean negative log-likelihood of the step's documents."""
@@ -197,8 +220,13 @@ class Learner:
             sums["policy/ratio_error_max"] = max(sums["policy/ratio_error_max"], float(error_N.max()))
         return loss_N
 
-    def _critic_loss(self, critic: Critic, rows: Rows, chosen: Sequence[Episode], sums: Sums) -> Tensor:
-        values_N: Tensor = critic(rows)
+    def _critic_loss(self, rows: Rows, chosen: Sequence[Episode], sums: Sums) -> Tensor:
+        assert self.roles.critic is not None
+        values_N: Tensor = self.roles.critic(rows)
+        if sums is self._begun:  # the values are not known yet: these are they
+            for episode, values in zip(chosen, torch.split(values_N.detach().cpu(), rows.counts), strict=True):
+                episode.values = values.clone()
+            estimate(chosen, self.cfg, self.kl_coef)
         old_N, returns_N = self._together([e.values for e in chosen]), self._together([e.returns for e in chosen])
         loss_N = clipped_value_loss(values_N, old_N, returns_N, self.cfg.value_clip)
         with torch.no_grad():
@@ -219,9 +247,9 @@ class Learner:
 
 
 _BY_STEP = frozenset(("policy/grad_norm", "critic/grad_norm", "policy/ptx_loss"))
-_NOT_MEANS = _BY_STEP | {
-    "tokens", "steps", "episodes", "policy/steps", "policy/kl_old_new", "policy/ratio_error_max",
-    "policy/first_ratio_error",
+_NOT_MEANS = {
+    "episodes", "policy/tokens", "critic/tokens", "policy/steps", "critic/steps", "policy/kl_old_new",
+    "policy/ratio_error_max", "policy/first_ratio_error",
 }  # fmt: skip
 
 
