@@ -120,10 +120,19 @@ class Trainer(Supervised, HFTrainer):  # type: ignore[misc]  # transformers ship
 
 def run(cfg: Config, context: Context) -> StageResult:
     """Train a reward model on `context.data.rankings`; writes model/ (and adapter/ with LoRA)."""
+    assert context.data.rankings is not None
+    return train_one(cfg, context, context.data.rankings.train, cfg.seed)
+
+
+def train_one(cfg: Config, context: Context, rankings: Sequence[Ranking], seed: int) -> StageResult:
+    """One reward model into `context.folder`, trained on `rankings`, judged on the held-out ones of the context.
+
+    seed: of the head, the adapter and the order of the rows.
+    """
     # 1. The SFT model with a new head, and a pad token that is not its end token.
     start = context.parents["sft"]
     config = training_config(cfg.model)
-    model = load_reward_model(start, config, context.device, init_head=True, seed=cfg.seed)
+    model = load_reward_model(start, config, context.device, init_head=True, seed=seed)
     check_vocabulary(model, context.renderer.tokenizer, start)
     tokenizer = copy.deepcopy(context.renderer.tokenizer)
     ensure_pad(model, tokenizer)
@@ -131,13 +140,13 @@ def run(cfg: Config, context: Context) -> StageResult:
     # 2. Rankings to token ids, with the tokenizer that scores in PPO.
     assert context.data.rankings is not None
     renderer = Renderer(tokenizer)
-    rows = render(context.data.rankings.train, renderer, cfg.rm.tie_weight)
+    rows = render(rankings, renderer, cfg.rm.tie_weight)
     heldout = render(context.data.rankings.heldout, renderer, cfg.rm.tie_weight)
-    plan = make_plan(cfg.rm.optim, len(rows), cfg.seed)
+    plan = make_plan(cfg.rm.optim, len(rows), seed)
 
     # 3. Updates.
     if cfg.rm.lora.enabled:
-        model = add_lora(model, cfg.rm.lora, cfg.seed)
+        model = add_lora(model, cfg.rm.lora, seed)
     checkpoints = context.folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     resume = find_resume(checkpoints)
