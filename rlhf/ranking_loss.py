@@ -1,39 +1,72 @@
-"""The loss of a reward model on rankings of any number of responses, ties and unranked ones included. torch alone.
+"""The losses of a reward model on rankings of any number of responses, ties and unranked ones included. torch alone.
 
-For one prompt whose responses have rewards r, the Bradley-Terry model says P(i over j) = sigmoid(r_i - r_j). The loss
-is the mean over the C(K, 2) comparable pairs of the cross-entropy between that and the annotator's verdict (Ouyang et
-al. 2022, equation 1: all pairs of a prompt are one element, so that each response is forwarded once).
+All C(K, 2) pairs of a prompt are one element (Ouyang et al. 2022, equation 1), so that each response is forwarded once,
+and a prompt counts once whatever its K. With d = r_i - r_j for two responses of one prompt:
 
-A tie has the verdict one half: its cross-entropy is least at equal rewards, where it is log 2, and its gradient
-(sigmoid(d) - 1/2) pulls the two together. A pair with an unranked response is not comparable.
+- Strict pairs follow Bradley and Terry (1952): P(i over j) = sigmoid(d).
+- Ties follow Davidson (1970): the verdicts "i", "j" and "tie" have the weights exp(d/2), exp(-d/2) and nu. Given that a
+  pair is not tied, that is Bradley-Terry again, with the same d. Two equally good responses tie with the probability
+  nu / (2 + nu). log nu is learnt together with the rewards.
+- `half` has no parameter: a tie is a cross-entropy at one half, least at d = 0.
+- Plackett and Luce (Luce 1959): a ranked response is chosen out of itself and all worse ones, with the probability
+  softmax(r). Responses that tie are each chosen so; which of them is the better is not asked.
 
-Shapes: N responses of all prompts laid end to end, P pairs.
+A pair or choice with an unranked response is not comparable.
+
+Shapes: N responses of all prompts laid end to end, P pairs, C choices of at most K responses.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
+
+
+class Verdict(Protocol):
+    """One annotator's ranking of one prompt's responses: 1 is best, equal numbers tie, None is unranked."""
+
+    @property
+    def ranks(self) -> Sequence[int | None]: ...
 
 
 @dataclass(kw_only=True, slots=True)
 class Pairs:
-    """Comparable pairs as places in the N responses. `weight_P` of one prompt sums to 1 when no tie is discounted."""
+    """Comparable pairs as places in the N responses. `weight_P` of one prompt sums to 1."""
 
-    first_P: Tensor
+    first_P: Tensor  # the better one, unless they tie
     second_P: Tensor
-    target_P: Tensor  # the preference for `first`: 1, or 1/2 for a tie
+    tied_P: Tensor  # 1 or 0
     weight_P: Tensor
 
     def to(self, device: torch.device) -> Pairs:
         return Pairs(
             first_P=self.first_P.to(device), second_P=self.second_P.to(device),
-            target_P=self.target_P.to(device), weight_P=self.weight_P.to(device),
+            tied_P=self.tied_P.to(device), weight_P=self.weight_P.to(device),
         )  # fmt: skip
+
+
+@dataclass(kw_only=True, slots=True)
+class Choices:
+    """Choices of the best out of several, as places in the N responses. `weight_C` of one prompt sums to 1."""
+
+    chosen_C: Tensor
+    member_CK: Tensor  # the chosen one and all worse ones
+    mask_CK: Tensor  # True is a member
+    weight_C: Tensor
+
+    def to(self, device: torch.device) -> Choices:
+        return Choices(
+            chosen_C=self.chosen_C.to(device), member_CK=self.member_CK.to(device),
+            mask_CK=self.mask_CK.to(device), weight_C=self.weight_C.to(device),
+        )  # fmt: skip
+
+
+Targets = Pairs | Choices
 
 
 def comparable_pairs(ranks: Sequence[int | None]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -49,45 +82,118 @@ def comparable_pairs(ranks: Sequence[int | None]) -> tuple[list[tuple[int, int]]
     return strict, tied
 
 
-def make_pairs(rankings: Sequence[Sequence[int | None]], tie_weight: float) -> Pairs:
+def make_pairs(rankings: Sequence[Verdict], *, ties: bool) -> Pairs:
     """The pairs of several prompts, whose responses lie end to end in the same order.
 
-    Each pair weighs 1 / (comparable pairs of its prompt), a tie `tie_weight` times that. With `tie_weight` 0 a tie is
-    not comparable and is not counted either.
+    Each pair weighs 1 / (pairs of its prompt). Without `ties` a tied pair is neither read nor counted.
     """
     rows: list[tuple[int, int, float, float]] = []
     offset = 0
-    for ranks in rankings:
-        strict, tied = comparable_pairs(ranks)
-        tied = tied if tie_weight > 0 else []
-        count = len(strict) + len(tied)
-        rows += [(offset + i, offset + j, 1.0, 1 / count) for i, j in strict]
-        rows += [(offset + i, offset + j, 0.5, tie_weight / count) for i, j in tied]
-        offset += len(ranks)
-    first, second, target, weight = zip(*rows, strict=True) if rows else ((), (), (), ())
+    for ranking in rankings:
+        strict, tied = comparable_pairs(ranking.ranks)
+        found = [(pair, 0.0) for pair in strict] + [(pair, 1.0) for pair in tied if ties]
+        rows += [(offset + i, offset + j, tie, 1 / len(found)) for (i, j), tie in found]
+        offset += len(ranking.ranks)
+    first, second, tie, weight = zip(*rows, strict=True) if rows else ((), (), (), ())
     return Pairs(
         first_P=torch.tensor(first, dtype=torch.long), second_P=torch.tensor(second, dtype=torch.long),
-        target_P=torch.tensor(target), weight_P=torch.tensor(weight),
+        tied_P=torch.tensor(tie), weight_P=torch.tensor(weight),
     )  # fmt: skip
 
 
-def pair_loss(rewards_N: Tensor, pairs: Pairs) -> Tensor:
-    """Sum over prompts of the mean cross-entropy of their pairs, in nats; a scalar.
+def make_choices(rankings: Sequence[Verdict]) -> Choices:
+    """One choice for each ranked response that has a worse one; each weighs 1 / (choices of its prompt)."""
+    rows: list[tuple[list[int], float]] = []
+    offset = 0
+    for ranking in rankings:
+        ranks = [(rank, i) for i, rank in enumerate(ranking.ranks) if rank is not None]
+        found = [[offset + i, *(offset + j for other, j in ranks if other > rank)] for rank, i in ranks]
+        found = [members for members in found if len(members) > 1]
+        rows += [(members, 1 / len(found)) for members in found]
+        offset += len(ranking.ranks)
+    width = max((len(members) for members, _ in rows), default=1)
+    places = [members + members[:1] * (width - len(members)) for members, _ in rows]
+    inside = [[k < len(members) for k in range(width)] for members, _ in rows]
+    member_CK = torch.tensor(places, dtype=torch.long).reshape(-1, width)
+    mask_CK = torch.tensor(inside, dtype=torch.bool).reshape(-1, width)
+    return Choices(
+        chosen_C=member_CK[:, 0], member_CK=member_CK, mask_CK=mask_CK,
+        weight_C=torch.tensor([weight for _, weight in rows]),
+    )  # fmt: skip
 
-    With d = r_first - r_second and target t it is softplus(d) - t d, which is -logsigmoid(d) for t = 1.
+
+def pair_loss(rewards_N: Tensor, pairs: Pairs, log_nu: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
+    """Sum over prompts of the mean negative log-likelihood of their pairs, in nats; a scalar.
+
+    Of a strict pair that is log(exp(d/2) + exp(-d/2) + nu) - d/2, of a tie the same first term - log nu. Without
+    `log_nu` nu is 0 and a tie is the cross-entropy at one half, which is the first term alone; a strict pair is
+    softplus(-d). `smoothing` is the probability that a strict verdict is the wrong way round (label smoothing).
     """
-    difference_P = rewards_N[pairs.first_P] - rewards_N[pairs.second_P]
-    return (pairs.weight_P * (functional.softplus(difference_P) - pairs.target_P * difference_P)).sum()
+    half_P = (rewards_N[pairs.first_P] - rewards_N[pairs.second_P]) / 2
+    loss_P = torch.logaddexp(half_P, -half_P)
+    if log_nu is not None:
+        loss_P = torch.logaddexp(loss_P, log_nu) - pairs.tied_P * log_nu
+    loss_P = loss_P - (1 - pairs.tied_P) * (1 - 2 * smoothing) * half_P
+    return (pairs.weight_P * loss_P).sum()
 
 
-def center_penalty(rewards_N: Tensor, rankings: Sequence[Sequence[int | None]]) -> Tensor:
+def choice_loss(rewards_N: Tensor, choices: Choices) -> Tensor:
+    """Sum over prompts of the mean negative log-likelihood of their choices, in nats; a scalar."""
+    members_CK = rewards_N[choices.member_CK].masked_fill(~choices.mask_CK, -math.inf)
+    return (choices.weight_C * (members_CK.logsumexp(1) - rewards_N[choices.chosen_C])).sum()
+
+
+def center_penalty(rewards_N: Tensor, rankings: Sequence[Verdict]) -> Tensor:
     """Sum over prompts of the squared mean reward of their ranked responses. The loss sees differences only, so it
     leaves each prompt's level open."""
     total = rewards_N.new_zeros(())
     offset = 0
-    for ranks in rankings:
-        ranked = [offset + i for i, rank in enumerate(ranks) if rank is not None]
+    for ranking in rankings:
+        ranked = [offset + i for i, rank in enumerate(ranking.ranks) if rank is not None]
         if ranked:
             total = total + rewards_N[ranked].mean() ** 2
-        offset += len(ranks)
+        offset += len(ranking.ranks)
     return total
+
+
+class RankingLoss(nn.Module):
+    """The loss with its options and, with Davidson's ties, its parameter `log_nu`.
+
+    loss: "pairs" or "plackett_luce". ties: "davidson", "half" or "drop"; with Plackett-Luce only "drop".
+    """
+
+    def __init__(
+        self, rankings: Sequence[Verdict], *, loss: str = "pairs", ties: str = "davidson", smoothing: float = 0.0
+    ) -> None:
+        """`rankings`: those of training. log nu starts at its maximum-likelihood estimate for equal rewards, which a
+        new head nearly gives: log(2 T / S), for tied pairs of the weight T and strict ones of S. Without a tie there
+        is nothing to learn it from: nu is 0, and the loss is Bradley-Terry's."""
+        super().__init__()
+        assert loss == "pairs" or ties == "drop"
+        self.loss, self.smoothing = loss, smoothing
+        self.log_nu: nn.Parameter | None = None
+        pairs = make_pairs(rankings, ties=True)
+        tied = float((pairs.weight_P * pairs.tied_P).sum())
+        strict = float((pairs.weight_P * (1 - pairs.tied_P)).sum())
+        if ties == "davidson" and tied > 0 and strict > 0:
+            self.log_nu = nn.Parameter(torch.tensor(math.log(2 * tied / strict)))
+        self.reads_ties = ties == "half" or self.log_nu is not None
+
+    @property
+    def nu(self) -> float | None:
+        """None if ties have no parameter."""
+        return None if self.log_nu is None else math.exp(float(self.log_nu.detach()))
+
+    def reads(self, ranking: Verdict) -> bool:
+        """Whether the ranking has anything that this loss can read."""
+        strict, tied = comparable_pairs(ranking.ranks)
+        return bool(strict or (tied and self.reads_ties))
+
+    def targets(self, rankings: Sequence[Verdict]) -> Targets:
+        return make_pairs(rankings, ties=self.reads_ties) if self.loss == "pairs" else make_choices(rankings)
+
+    def forward(self, rewards_N: Tensor, targets: Targets) -> Tensor:
+        """Sum over prompts, in nats."""
+        if isinstance(targets, Choices):
+            return choice_loss(rewards_N, targets)
+        return pair_loss(rewards_N, targets, self.log_nu, self.smoothing)

@@ -2,7 +2,8 @@
 
 The loss is `rlhf.ranking_loss`: the mean over a prompt's comparable pairs, then the mean over the prompts of an update.
 All responses of a prompt stand in one element, so that each is forwarded once and none is both in training and held
-out. Departure from Ouyang et al. 2022: ties count, with one half as their target.
+out. Departures from Ouyang et al. 2022: ties count, with a likelihood of their own, whose one parameter is learnt
+beside the model; and Plackett-Luce can take the place of the pairs.
 
 The finished model is measured once more: the mean and standard deviation of its rewards on held-out demonstrations go
 into the manifest, so that PPO can use rewards of mean 0 and deviation 1.
@@ -17,9 +18,11 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer as HFTrainer
 from transformers import TrainingArguments
@@ -40,7 +43,7 @@ from rlhf.models import (
     score_ids,
     training_config,
 )
-from rlhf.ranking_loss import Pairs, center_penalty, comparable_pairs, make_pairs, pair_loss
+from rlhf.ranking_loss import RankingLoss, Targets, center_penalty, comparable_pairs
 from rlhf.render import Renderer
 from rlhf.statistics import clopper_pearson_lower, clopper_pearson_upper
 from rlhf.training import Loop, Supervised, find_resume, fit, make_plan, one_device, trainer_options
@@ -49,9 +52,11 @@ from rlhf.types import Ranking, StageResult
 if TYPE_CHECKING:
     from rlhf.context import Context
 
-RECIPE = 1
+RECIPE = 2
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}  # of one forward pass, padding included; cannot change the result
 ALPHA = 0.05  # of the interval of the held-out accuracy
+TIE_RATE = 0.02  # learning rate of log nu, under the schedule of the rest; Adam moves it by about that an update
+TIE_FILE = "ranking_loss.safetensors"  # in each checkpoint
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,17 +74,17 @@ class Batch:
 
     chunks: list[tuple[Tensor, Tensor]]  # ids_BT and lengths_B
     back_N: Tensor  # where in the chunks' rows, laid end to end, each response is
-    pairs: Pairs
-    ranks: list[list[int | None]]
+    targets: Targets
+    rows: Sequence[Row]
 
     def to(self, device: torch.device) -> Batch:
         return Batch(
             chunks=[(ids.to(device), lengths.to(device)) for ids, lengths in self.chunks],
-            back_N=self.back_N.to(device), pairs=self.pairs.to(device), ranks=self.ranks,
+            back_N=self.back_N.to(device), targets=self.targets.to(device), rows=self.rows,
         )  # fmt: skip
 
 
-def collate(rows: Sequence[Row], tie_weight: float, micro_tokens: int) -> Batch:
+def collate(rows: Sequence[Row], loss: RankingLoss, micro_tokens: int) -> Batch:
     """K may differ from row to row; short responses are not padded to the longest of the batch."""
     responses = [ids for row in rows for ids in row.ids]
     groups = micro_batches([len(ids) for ids in responses], micro_tokens)
@@ -88,19 +93,36 @@ def collate(rows: Sequence[Row], tie_weight: float, micro_tokens: int) -> Batch:
     cpu = torch.device("cpu")
     return Batch(
         chunks=[pad_right([responses[place] for place in group], 0, cpu) for group in groups],
-        back_N=back, pairs=make_pairs([row.ranks for row in rows], tie_weight), ranks=[row.ranks for row in rows],
+        back_N=back, targets=loss.targets(rows), rows=rows,
     )  # fmt: skip
 
 
 class Trainer(Supervised, HFTrainer):  # type: ignore[misc]  # transformers ships no types
-    """transformers.Trainer with the ranking loss. `center_coef` is set beside `loop`."""
+    """transformers.Trainer with the ranking loss. `ranking_loss` and `center_coef` are set beside `loop`."""
 
+    ranking_loss: RankingLoss
     center_coef = 0.0
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        optimizer = super().create_optimizer(model)
+        if own := list(self.ranking_loss.parameters()):
+            optimizer.add_param_group({"params": own, "lr": TIE_RATE, "weight_decay": 0.0})
+        return optimizer
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        save_file(self.ranking_loss.state_dict(), folder / TIE_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.ranking_loss.load_state_dict(load_file(Path(resume_from_checkpoint) / TIE_FILE))
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
+        self.ranking_loss.zero_grad()  # once an update; the Trainer clears the model's gradients only
         # Without labels the Trainer cannot count. The prompts of the whole update are what the loss is divided by.
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return samples, torch.tensor(sum(len(sample["batch"].ranks) for sample in samples), device=device)
+        return samples, torch.tensor(sum(len(sample["batch"].rows) for sample in samples), device=device)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -108,9 +130,9 @@ class Trainer(Supervised, HFTrainer):  # type: ignore[misc]  # transformers ship
         batch: Batch = inputs["batch"].to(self.args.device)
         with self.accelerator.autocast():
             rewards_N = torch.cat([read_scores(model, *chunk) for chunk in batch.chunks])[batch.back_N]
-        loss = pair_loss(rewards_N, batch.pairs)
+        loss: Tensor = self.ranking_loss(rewards_N, batch.targets)
         if self.center_coef:
-            loss = loss + self.center_coef * center_penalty(rewards_N, batch.ranks)
+            loss = loss + self.center_coef * center_penalty(rewards_N, batch.rows)
         mean: Tensor = loss / num_items_in_batch
         return mean
 
@@ -140,8 +162,9 @@ def train_one(cfg: Config, context: Context, rankings: Sequence[Ranking], seed: 
     # 2. Rankings to token ids, with the tokenizer that scores in PPO.
     assert context.data.rankings is not None
     renderer = Renderer(tokenizer)
-    rows = render(rankings, renderer, cfg.rm.tie_weight)
-    heldout = render(context.data.rankings.heldout, renderer, cfg.rm.tie_weight)
+    loss = make_loss(cfg, rankings).to(context.device)
+    rows = render(rankings, renderer, loss)
+    heldout = render(context.data.rankings.heldout, renderer, loss)
     plan = make_plan(cfg.rm.optim, len(rows), seed)
 
     # 3. Updates.
@@ -151,10 +174,8 @@ def train_one(cfg: Config, context: Context, rankings: Sequence[Ranking], seed: 
     checkpoints.mkdir(parents=True, exist_ok=True)
     resume = find_resume(checkpoints)
     lengths = [sum(len(ids) for ids in row.ids) for row in rows]
-    loop = Loop(
-        plan=plan, context=context, measure=lambda: measure(model, heldout, cfg.rm.tie_weight), lengths=lengths
-    )  # fmt: skip
-    outcome = fit(make_trainer(cfg, model, rows, loop), resume)
+    loop = Loop(plan=plan, context=context, measure=lambda: measure(model, heldout, loss), lengths=lengths)
+    outcome = fit(make_trainer(cfg, model, rows, loop, loss), resume)
 
     # 4. The best weights, merged, saved and opened again.
     if is_lora(model):
@@ -168,18 +189,28 @@ def train_one(cfg: Config, context: Context, rankings: Sequence[Ranking], seed: 
     # 5. Held-out accuracy with its interval, and the scale of the rewards.
     extra = {**reward_scale(model, renderer, context, heldout), "best_update": outcome.best_update}
     metrics = {"rm/eval_loss": outcome.metrics["loss"], **accuracy(model, rows, heldout, cfg.seed)}
+    if "tie_nu" in outcome.metrics:  # of the best weights, as the loss
+        extra["tie_nu"] = metrics["rm/tie_nu"] = outcome.metrics["tie_nu"]
     return StageResult(
         metrics=metrics, stop_reason=outcome.stop_reason, updates=outcome.updates,
         planned_updates=plan.updates, extra=extra,
     )  # fmt: skip
 
 
-def render(rankings: Sequence[Ranking], renderer: Renderer, tie_weight: float) -> list[Row]:
-    """Token ids of each ranking that has a comparable pair. DataError if there is none."""
+def make_loss(cfg: Config, rankings: Sequence[Ranking]) -> RankingLoss:
+    """The loss that `cfg.rm` asks for, on these training rankings. DataError if they order no two responses."""
+    if not any(comparable_pairs(ranking.ranks)[0] for ranking in rankings):
+        raise DataError("data.rankings: no training ranking has a strict pair: ties alone order nothing")
+    return RankingLoss(
+        rankings, loss=cfg.rm.loss.value, ties=cfg.rm.ties.value, smoothing=cfg.rm.label_smoothing
+    )  # fmt: skip
+
+
+def render(rankings: Sequence[Ranking], renderer: Renderer, loss: RankingLoss) -> list[Row]:
+    """Token ids of each ranking that the loss can read. DataError if there is none."""
     rows = []
     for ranking in rankings:
-        strict, tied = comparable_pairs(ranking.ranks)
-        if not strict and not (tied and tie_weight > 0):
+        if not loss.reads(ranking):
             continue
         full = [renderer.full_ids(ranking.prompt.messages, response) for response in ranking.responses]
         lengths = [len(ids) - start for ids, start in full]
@@ -191,14 +222,15 @@ def render(rankings: Sequence[Ranking], renderer: Renderer, tie_weight: float) -
     return rows
 
 
-def make_trainer(cfg: Config, model: Any, rows: list[Row], loop: Loop) -> Any:
+def make_trainer(cfg: Config, model: Any, rows: list[Row], loop: Loop, loss: RankingLoss) -> Any:
     micro_tokens = FORWARD_TOKENS.get(loop.context.device.type, 2048)
     trainer = Trainer(
         model=model, train_dataset=rows,
         args=one_device(TrainingArguments(**trainer_options(loop.plan, loop.context, cfg.model))),
-        data_collator=lambda part: {"batch": collate(part, cfg.rm.tie_weight, micro_tokens)},
+        data_collator=lambda part: {"batch": collate(part, loss, micro_tokens)},
     )  # fmt: skip
     trainer.loop = loop
+    trainer.ranking_loss = loss
     trainer.center_coef = cfg.rm.center_coef
     trainer.model_accepts_loss_kwargs = True  # the loss is divided by the whole update's prompts, not once more
     return trainer
@@ -210,13 +242,16 @@ def rewards(model: Any, rows: Sequence[Row]) -> list[list[float]]:
     return [[next(flat) for _ in row.ids] for row in rows]
 
 
-def measure(model: Any, rows: Sequence[Row], tie_weight: float) -> dict[str, float]:
-    """Held-out loss (nats a pair, mean over prompts) and accuracy over all strict pairs."""
+def measure(model: Any, rows: Sequence[Row], ranking_loss: RankingLoss) -> dict[str, float]:
+    """Held-out loss (nats a pair or choice, mean over prompts), accuracy over all strict pairs, and nu if learnt."""
     scored = rewards(model, rows)
-    flat_N = torch.tensor([value for row in scored for value in row])
-    loss = float(pair_loss(flat_N, make_pairs([row.ranks for row in rows], tie_weight))) / len(rows)
+    flat_N = torch.tensor([value for row in scored for value in row], device=model.device)
+    with torch.no_grad():
+        total = ranking_loss(flat_N, ranking_loss.targets(rows).to(model.device))
     right, count = agreement(scored, rows)
-    return {"loss": loss, "accuracy": right / max(count, 1)}
+    nu = ranking_loss.nu
+    ties = {} if nu is None else {"tie_nu": nu}
+    return {"loss": float(total) / len(rows), "accuracy": right / max(count, 1), **ties}
 
 
 def agreement(values: Sequence[Sequence[float]], rows: Sequence[Row]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rlhf.config import LoraConfig, ModelConfig, OptimConfig, Schedule
+from rlhf.config import LoraConfig, ModelConfig, OptimConfig, RmConfig, Schedule
 from rlhf.render import Renderer
 from rlhf.types import Demonstration, Prompt, Ranking
 
@@ -120,5 +120,5 @@ def make_config(**optim: Any) -> Any:
     stage = {"optim": OptimConfig(**options), "lora": LoraConfig()}
     return SimpleNamespace(
         seed=0, model=ModelConfig(path="x"), data=SimpleNamespace(max_length=64),
-        sft=SimpleNamespace(packing=False, **stage), rm=SimpleNamespace(tie_weight=1.0, center_coef=0.0, **stage),
+        sft=SimpleNamespace(packing=False, **stage), rm=RmConfig(**stage),
     )  # fmt: skip

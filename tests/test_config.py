@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from rlhf.compose import CONF_DIR, friendly, register, schema_keys, stray_keys, to_config, unknown_key
-from rlhf.config import Config, LaunchConfig, OptimConfig, PpoConfig, check_all
+from rlhf.config import Config, LaunchConfig, OptimConfig, PpoConfig, RmConfig, RmLoss, Ties, check_all
 from rlhf.errors import ConfigError
 from rlhf.launch import from_plain, to_plain
 
@@ -90,8 +90,18 @@ def test_the_schema_lists_nested_keys_once() -> None:
         (PpoConfig(updates=0), "x.updates"),
         (LaunchConfig(threads=0), "x.threads"),
         (PpoConfig(temperature=0.0), "x.temperature"),
+        (RmConfig(label_smoothing=0.5), "x.label_smoothing"),
+        (RmConfig(label_smoothing=-0.1), "x.label_smoothing"),
+        (RmConfig(loss=RmLoss.plackett_luce), "x.ties: must be drop with x.loss=plackett_luce"),
+        (RmConfig(loss=RmLoss.plackett_luce, ties=Ties.half), "x.ties"),
+        (RmConfig(loss=RmLoss.plackett_luce, ties=Ties.drop, label_smoothing=0.1), "x.label_smoothing: is of pairs"),
     ],
 )
-def test_a_value_out_of_range_names_its_key(node: OptimConfig | PpoConfig, key: str) -> None:
+def test_a_value_out_of_range_names_its_key(node: OptimConfig | PpoConfig | RmConfig, key: str) -> None:
     with pytest.raises(ConfigError, match=f"^{key}"):
         check_all(node, "x")
+
+
+def test_rankings_with_ties_can_be_chosen_from() -> None:
+    config = composed("rm.loss=plackett_luce", "rm.ties=drop")
+    assert (config.rm.loss, config.rm.ties) == (RmLoss.plackett_luce, Ties.drop)

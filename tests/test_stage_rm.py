@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 from supervised_toys import CPU, make_config, make_context, tiny_base
 
 from reward_models.trained import TrainedReward
-from rlhf.config import LoraConfig, ModelConfig
+from rlhf.config import LoraConfig, ModelConfig, RmLoss, Ties
 from rlhf.errors import ConfigError, Preempted
 from rlhf.models import load_reward_model, score_ids
+from rlhf.ranking_loss import RankingLoss
 from rlhf.render import Renderer, load_tokenizer
 from rlhf.statistics import clopper_pearson_lower
 from stages import rm
@@ -70,7 +72,7 @@ def test_trained_reward_scores_text_as_training_did(whole: Any) -> None:
     reward = TrainedReward(str(context.folder / "model"), micro_tokens=40)
     held = context.data.rankings.heldout
     renderer = Renderer(load_tokenizer(context.folder / "model", ModelConfig()))
-    rows = rm.render(held, renderer, 1.0)
+    rows = rm.render(held, renderer, RankingLoss(held))
     expected = [value for row in rm.rewards(reward.model, rows) for value in row]
     flat = [(row.prompt.messages, text) for row in held for text in row.responses]
     found = reward.score(["ignored"] * len(flat), [text for _, text in flat], [{"messages": m} for m, _ in flat])
@@ -90,14 +92,15 @@ def test_scale_is_that_of_held_out_demonstrations(whole: Any) -> None:
     assert extra["normalised_on"] == "held-out demonstrations"
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_micro_batch_cannot_change_the_update(tmp_path: Path, kind: str) -> None:
-    """The loss is a mean over prompts, not over pairs: prompts here have 1, 3 and 6."""
+@pytest.mark.parametrize(("kind", "loss"), [("llama", "pairs"), ("gpt2", "pairs"), ("llama", "plackett_luce")])
+def test_micro_batch_cannot_change_the_update(tmp_path: Path, kind: str, loss: str) -> None:
+    """The loss is a mean over prompts, not over pairs or choices: prompts here have 1, 3 and 6 pairs."""
     base = tiny_base(tmp_path / "base", kind)
     found = []
     for micro in (8, 1):
         cfg = make_config(micro_batch=micro, epochs=1, evals=1, learning_rate=1e-3)
         cfg.rm.center_coef = 0.1
+        cfg.rm.loss, cfg.rm.ties = RmLoss(loss), Ties.davidson if loss == "pairs" else Ties.drop
         context = make_context(tmp_path / str(micro), base, train=8)
         rm.run(cfg, context)
         numbers = context.tracker
@@ -108,34 +111,47 @@ def test_micro_batch_cannot_change_the_update(tmp_path: Path, kind: str) -> None
 
 
 def test_first_loss_is_that_of_the_definition(tmp_path: Path, base: Path) -> None:
-    """Each response scored alone, each pair written out: mean over pairs, then over prompts."""
+    """Each response scored alone, each pair's three probabilities written out: mean over pairs, then over prompts.
+
+    Of 8 prompts, two have four responses, and one tie in six pairs: T = 2/6, S = 8 - T, so nu = 2 T / S = 2/23.
+    """
     context = make_context(tmp_path, base, train=8)
     rm.run(make_config(epochs=1, evals=1, learning_rate=0.0), context)
     model = load_reward_model(base, ModelConfig(), CPU, init_head=True, seed=0)
-    total = 0.0
-    for row in rm.render(context.data.rankings.train, context.renderer, 1.0):
+    total, nu = 0.0, 2 / 23
+    train = context.data.rankings.train
+    for row in rm.render(train, context.renderer, RankingLoss(train)):
         r = [score_ids(model, [ids], 1)[0] for ids in row.ids]
         pairs = []
         for i in range(len(r)):
             for j in range(i + 1, len(r)):
-                target = 0.5 if row.ranks[i] == row.ranks[j] else float(row.ranks[i] < row.ranks[j])  # type: ignore[operator]
-                p = torch.sigmoid(torch.tensor(r[i] - r[j]))
-                pairs.append(float(-(target * p.log() + (1 - target) * (1 - p).log())))
+                rank_i, rank_j = row.ranks[i], row.ranks[j]
+                assert rank_i is not None and rank_j is not None
+                weights = {-1: math.exp((r[i] - r[j]) / 2), 1: math.exp((r[j] - r[i]) / 2), 0: nu}
+                pairs.append(-math.log(weights[(rank_i > rank_j) - (rank_i < rank_j)] / sum(weights.values())))
         total += sum(pairs) / len(pairs)
     assert context.tracker.values("train/loss")[1] == pytest.approx(total / 8, rel=1e-5)
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_resumed_run_ends_as_the_unbroken_one(tmp_path: Path, base: Path, lora: bool) -> None:
+@pytest.mark.parametrize(("lora", "ties"), [(False, "davidson"), (True, "davidson"), (False, "drop")])
+def test_resumed_run_ends_as_the_unbroken_one(tmp_path: Path, base: Path, lora: bool, ties: str) -> None:
+    """The tie model's parameter too, which the manifest has from the best weights' update."""
     cfg = make_config()
-    cfg.rm.lora = LoraConfig(enabled=lora, r=2, alpha=4)
-    unbroken = rm.run(cfg, make_context(tmp_path / "a", base))
+    cfg.rm.lora, cfg.rm.ties = LoraConfig(enabled=lora, r=2, alpha=4), Ties(ties)
+    context = make_context(tmp_path / "a", base)
+    unbroken = rm.run(cfg, context)
     with pytest.raises(Preempted):
         rm.run(cfg, make_context(tmp_path / "b", base, stop_at=4))
     resumed = rm.run(cfg, make_context(tmp_path / "b", base))
     assert (resumed.metrics, resumed.extra) == (unbroken.metrics, unbroken.extra)
     left, right = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert all(torch.equal(value, right[name]) for name, value in left.items())
+    nu = context.tracker.values("eval/tie_nu")
+    assert (ties == "drop") == (not nu)
+    if nu:
+        assert len(set(nu.values())) == 2
+        found = nu[unbroken.extra["best_update"]]
+        assert unbroken.extra["tie_nu"] == unbroken.metrics["rm/tie_nu"] == found
     assert lora == (tmp_path / "a" / "adapter" / "adapter_model.safetensors").exists()
 
 
@@ -151,7 +167,7 @@ def test_head_is_drawn_once_and_must_then_be_there(base: Path, whole: Any) -> No
 def test_ragged_rankings_keep_their_order_through_sorting() -> None:
     rows = [rm.Row(ids=[[7] * n for n in sizes], ranks=[1] * len(sizes), response_lengths=list(sizes))
             for sizes in ((5, 1), (2, 4, 3))]  # fmt: skip
-    batch = rm.collate(rows, tie_weight=1.0, micro_tokens=8)
+    batch = rm.collate(rows, RankingLoss(rows), micro_tokens=8)
     lengths = torch.cat([lengths for _, lengths in batch.chunks])
     assert [ids.shape for ids, _ in batch.chunks] == [(1, 5), (2, 4), (2, 2)]
     assert lengths[batch.back_N].tolist() == [5, 1, 2, 4, 3]

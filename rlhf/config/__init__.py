@@ -42,6 +42,7 @@ __all__ = [
     "PpoConfig",
     "PtxConfig",
     "RmConfig",
+    "RmLoss",
     "RunConfig",
     "SampleConfig",
     "Schedule",
@@ -49,6 +50,7 @@ __all__ = [
     "SftConfig",
     "SourceConfig",
     "Stage",
+    "Ties",
     "TrackerConfig",
     "TrackerMode",
     "check_all",
@@ -77,6 +79,17 @@ class TrackerMode(Enum):
     disabled = "disabled"
     offline = "offline"
     online = "online"
+
+
+class RmLoss(Enum):
+    pairs = "pairs"
+    plackett_luce = "plackett_luce"
+
+
+class Ties(Enum):
+    davidson = "davidson"
+    half = "half"
+    drop = "drop"
 
 
 class Dtype(Enum):
@@ -114,12 +127,22 @@ class SftConfig:
 class RmConfig:
     artifact: str | None = None
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(batch=16, micro_batch=4))
-    tie_weight: float = 1.0  # weight of a tied pair, whose target preference is one half; 0 leaves ties out
+    loss: RmLoss = RmLoss.pairs  # Bradley-Terry over all pairs of a ranking, or Plackett-Luce over its choices
+    ties: Ties = Ties.davidson  # a likelihood with a learnt parameter, a cross-entropy at one half, or not read
+    label_smoothing: float = 0.0  # probability that a strict verdict is the wrong way round
     center_coef: float = 0.0  # pulls the mean reward of a prompt's responses to zero
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def check(self, key: str) -> None:
-        require(self.tie_weight >= 0, f"{key}.tie_weight", f"must not be negative, not {self.tie_weight}")
+        smoothing = self.label_smoothing
+        require(0 <= smoothing < 0.5, f"{key}.label_smoothing", f"must be in [0, 0.5), not {smoothing}")
+        if self.loss is RmLoss.plackett_luce:
+            require(
+                self.ties is Ties.drop, f"{key}.ties",
+                f"must be drop with {key}.loss=plackett_luce: it has no likelihood for a tie. Responses that tie are "
+                "each compared with the worse ones",
+            )  # fmt: skip
+            require(smoothing == 0, f"{key}.label_smoothing", f"is of pairs, and {key}.loss is plackett_luce")
 
 
 @dataclass
