@@ -45,6 +45,7 @@ from rlhf.models import (
 )
 from rlhf.ranking_loss import RankingLoss, Targets, center_penalty, comparable_pairs
 from rlhf.render import Renderer
+from rlhf.reward_report.write import write_report
 from rlhf.statistics import clopper_pearson_lower, clopper_pearson_upper
 from rlhf.training import Loop, Supervised, find_resume, fit, make_plan, one_device, trainer_options
 from rlhf.types import Ranking, StageResult
@@ -186,11 +187,12 @@ def train_one(cfg: Config, context: Context, rankings: Sequence[Ranking], seed: 
     with atomic_folder(context.folder / "model") as part:
         save_model(model, tokenizer, part, trust_remote_code=cfg.model.trust_remote_code)
 
-    # 5. Held-out accuracy with its interval, and the scale of the rewards.
+    # 5. Held-out accuracy with its interval, the scale of the rewards, and report.json.
     extra = {**reward_scale(model, renderer, context, heldout), "best_update": outcome.best_update}
     metrics = {"rm/eval_loss": outcome.metrics["loss"], **accuracy(model, rows, heldout, cfg.seed)}
     if "tie_nu" in outcome.metrics:  # of the best weights, as the loss
         extra["tie_nu"] = metrics["rm/tie_nu"] = outcome.metrics["tie_nu"]
+    write_report(context, model, renderer, rankings, cfg.seed)
     return StageResult(
         metrics=metrics, stop_reason=outcome.stop_reason, updates=outcome.updates,
         planned_updates=plan.updates, extra=extra,

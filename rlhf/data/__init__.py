@@ -9,6 +9,7 @@ from rlhf.data.loading import (
     load_prompts,
     load_rankings,
     load_texts,
+    prompt_key,
 )
 from rlhf.data.report import DataReport, FileReport, check_dirty
 
@@ -25,4 +26,5 @@ __all__ = [
     "load_prompts",
     "load_rankings",
     "load_texts",
+    "prompt_key",
 ]
