@@ -59,7 +59,7 @@ def _hooks(take_N: Tensor) -> tuple[Any, Any]:
 
     def put(_block: nn.Module, _args: tuple[Tensor, ...], out_1ND: Tensor) -> Tensor:
         full = out_1ND.new_zeros(shape[0] * shape[1], out_1ND.shape[-1])
-        return full.index_copy(0, take_N, out_1ND[0]).unflatten(0, shape[:2])
+        return full.index_copy(0, take_N, out_1ND[0]).view(shape[0], shape[1], -1)
 
     return pick, put
 

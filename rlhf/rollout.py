@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import DynamicCache
 
+from rlhf.kv_cache import fill_holes, make_cache
 from rlhf.last_layer import last_layer_at
 from rlhf.models import micro_batches
 
@@ -215,7 +215,7 @@ class _Decoder:
         self.position_BT = (place_T - start_B1).clamp(min=0)
         self.padded = longest > min(len(prompt) for prompt in prompts)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        self.cache = DynamicCache(config=model.config)
+        self.cache = make_cache(model)
         self.prompts = prompts
         self.rows = list(range(len(prompts)))  # the row of the group that each row of the batch is
         self.seeds = list(seeds)
@@ -271,7 +271,7 @@ class _Decoder:
 
     def _advance(self, token_B: Tensor, tokens: list[int]) -> bool:
         """Drop the rows that have just finished and set up the next step; False when none is left."""
-        keep = [i for i, token in enumerate(tokens) if token != self.sampling.eos_id]
+        keep = fill_holes([i for i, token in enumerate(tokens) if token != self.sampling.eos_id])
         if not keep:
             return False
         position_B1 = self.position_BT[:, -1:] + 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from rlhf.models import micro_batches
 from rlhf.ppo.episodes import Episode, estimate, read_values, require_finite_rows
 from rlhf.ppo.finite import require_finite
 from rlhf.ppo.ptx import Document, draw_documents
-from rlhf.ppo.roles import Critic, Roles
+from rlhf.ppo.roles import Roles
 from rlhf.rollout import (
     Rows,
     collate,
@@ -122,7 +123,7 @@ class Learner:
         rest = [e for e in episodes if id(e) not in known]
         for episode, values in zip(rest, read_values(self.roles.critic, rest, self.cfg.micro_tokens), strict=True):
             episode.values = values
-        require_finite_rows(episodes, "values", update)
+        require_finite_rows(rest, "values", update)
 
     def _step(self, minibatch: Sequence[Episode], update: int, step: int, sums: Sums) -> bool:
         """One optimiser step of each role, in turn, so that one role's gradients are in memory at a time. False if the
@@ -170,7 +171,7 @@ class Learner:
 
     def accumulate(self, role: str, minibatch: Sequence[Episode], update: int, sums: Sums) -> None:
         """Add the gradient of a role's loss over a minibatch to its parameters, and what was seen to `sums`."""
-        loss_of = {"policy": self._policy_loss, "critic": self._critic_loss}[role]
+        loss_of = self._policy_loss if role == "policy" else partial(self._critic_loss, update)
         total = sum(len(e.ids) for e in minibatch)
         for cut in micro_batches([e.tokens for e in minibatch], self.cfg.micro_tokens):
             chosen = [minibatch[i] for i in cut]
@@ -220,12 +221,13 @@ class Learner:
             sums["policy/ratio_error_max"] = max(sums["policy/ratio_error_max"], float(error_N.max()))
         return loss_N
 
-    def _critic_loss(self, rows: Rows, chosen: Sequence[Episode], sums: Sums) -> Tensor:
+    def _critic_loss(self, update: int, rows: Rows, chosen: Sequence[Episode], sums: Sums) -> Tensor:
         assert self.roles.critic is not None
         values_N: Tensor = self.roles.critic(rows)
         if sums is self._begun:  # the values are not known yet: these are they
             for episode, values in zip(chosen, torch.split(values_N.detach().cpu(), rows.counts), strict=True):
                 episode.values = values.clone()
+            require_finite_rows(chosen, "values", update)
             estimate(chosen, self.cfg, self.kl_coef)
         old_N, returns_N = self._together([e.values for e in chosen]), self._together([e.returns for e in chosen])
         loss_N = clipped_value_loss(values_N, old_N, returns_N, self.cfg.value_clip)

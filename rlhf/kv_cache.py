@@ -1,0 +1,77 @@
+"""A key-value cache for a decode batch that rows leave: written in place, in blocks, with holes filled from the end.
+
+The library's own layer joins the new token to the whole cache at every step and copies all rows whenever one ends.
+
+Shapes: B rows, G key-value heads, T tokens, D units of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+BLOCK = 64  # tokens that room is made for at a time
+
+
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no types
+    """`keys` and `values`, [B, G, T, D], are views of the first rows and tokens of larger tensors."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._room: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new tokens behind the old ones; all keys and values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows, length = key_states.shape[0], self.get_seq_length()
+        end = length + key_states.shape[-2]
+        if not self._room or end > self._room[0].shape[-2]:
+            self._room = [
+                self._grown(old, new, end) for old, new in ((self.keys, key_states), (self.values, value_states))
+            ]
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[:rows, :, length:end] = new
+        self.keys, self.values = (room[:rows, :, :end] for room in self._room)
+        return self.keys, self.values
+
+    @staticmethod
+    def _grown(old: Tensor, new: Tensor, end: int) -> Tensor:
+        tokens = -(-end // BLOCK) * BLOCK
+        room = new.new_empty((*new.shape[:2], tokens, new.shape[-1]))
+        if old.numel():
+            room[:, :, : old.shape[-2]] = old
+        return room
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows that `fill_holes` says: each in its place, or from behind the new end."""
+        if not self._room:
+            return
+        places, length = indices.tolist(), self.get_seq_length()
+        for room in self._room:
+            for place, row in enumerate(places):
+                if row != place:
+                    room[place, :, :length] = room[row, :, :length]
+        self.keys, self.values = (room[: len(places), :, :length] for room in self._room)
+
+
+def fill_holes(keep: Sequence[int]) -> list[int]:
+    """The rows to keep, given in rising order, arranged so that every one that can stays in its place."""
+    size = len(keep)
+    late = [row for row in keep if row >= size]
+    staying = set(keep)
+    return [row if row in staying else late.pop() for row in range(size)]
+
+
+def make_cache(model: Any) -> DynamicCache:
+    """A cache for `model`, with our layers where it has plain ones; sliding and linear ones stay the library's."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
