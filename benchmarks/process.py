@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 BATCH, EPOCHS = 32, 2
-MICRO_TOKENS = 512
 LEARNING_RATE = 1e-6
 LORA_RANK, LORA_ALPHA = 16, 32
 
@@ -22,7 +21,7 @@ class Settings:
 
     workload: str
     threads: int
-    micro_tokens: int = MICRO_TOKENS  # ours: padded tokens of a forward and backward pass
+    micro_tokens: int = 512  # ours: padded tokens of a forward and backward pass
     chunk: int = 32  # TRL: local_rollout_forward_batch_size
     micro_batch: int = 8  # TRL: per_device_train_batch_size
     lora: bool = False
