@@ -199,14 +199,30 @@ def pad_right(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple
 
 def micro_batches(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
     """Places in `lengths`, longest first, in groups of at most `micro_tokens` tokens when padded; a longer row makes a
-    group of its own. Longest first, so that memory runs out early or never."""
-    groups: list[list[int]] = []
-    for place in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= micro_tokens:
-            groups[-1].append(place)
-        else:
-            groups.append([place])
-    return groups
+    group of its own. Longest first, so that memory runs out early or never.
+
+    Of all such cuts of the sorted rows the one that costs least, by a shortest path: a group costs its padded tokens
+    and an eighth of `micro_tokens`, for what a pass takes however few its tokens are.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    pass_cost = micro_tokens / 8
+    cost, start = [0.0], [0]  # of the cheapest cut of the first `end` rows, and where its last group begins
+    for end in range(1, len(order) + 1):
+        options = []
+        for first in reversed(range(end)):
+            padded = lengths[order[first]] * (end - first)
+            if padded > micro_tokens and first < end - 1:
+                break
+            options.append((cost[first] + padded + pass_cost, first))
+        best, first = min(options)
+        cost.append(best)
+        start.append(first)
+    groups = []
+    end = len(order)
+    while end:
+        groups.append(order[start[end] : end])
+        end = start[end]
+    return groups[::-1]
 
 
 def read_scores(model: Any, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
