@@ -30,13 +30,15 @@ class Demonstration:
 @dataclass(kw_only=True, slots=True)
 class Ranking:
     """K >= 2 responses to one prompt. `ranks[i]` is the place of `responses[i]`: 1 is best, equal numbers tie, None is
-    unranked."""
+    unranked. `scores`, if there are any, do not contradict the ranks; an unranked response has none."""
 
     prompt: Prompt
     responses: list[str]
     ranks: list[int | None]
     annotator: str | None = None
     subset: str | None = None
+    scores: list[float | None] | None = None
+    weight: float = 1.0  # of this annotator's ranking in the loss, beside that of others
 
 
 class Reward(Protocol):

@@ -67,6 +67,8 @@ class Row:
     ids: list[list[int]]
     ranks: list[int | None]
     response_lengths: list[int]
+    scores: list[float | None] | None = None
+    weight: float = 1.0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -203,8 +205,11 @@ def make_loss(cfg: Config, rankings: Sequence[Ranking]) -> RankingLoss:
     """The loss that `cfg.rm` asks for, on these training rankings. DataError if they order no two responses."""
     if not any(comparable_pairs(ranking.ranks)[0] for ranking in rankings):
         raise DataError("data.rankings: no training ranking has a strict pair: ties alone order nothing")
+    if cfg.rm.margin and all(ranking.scores is None for ranking in rankings):
+        raise DataError("rm.margin: no training ranking has scores (`scores`, or `margin` of a pair) to take it from")
     return RankingLoss(
-        rankings, loss=cfg.rm.loss.value, ties=cfg.rm.ties.value, smoothing=cfg.rm.label_smoothing
+        rankings, loss=cfg.rm.loss.value, ties=cfg.rm.ties.value, smoothing=cfg.rm.label_smoothing,
+        margin=cfg.rm.margin,
     )  # fmt: skip
 
 
@@ -216,7 +221,10 @@ def render(rankings: Sequence[Ranking], renderer: Renderer, loss: RankingLoss) -
             continue
         full = [renderer.full_ids(ranking.prompt.messages, response) for response in ranking.responses]
         lengths = [len(ids) - start for ids, start in full]
-        rows.append(Row(ids=[ids for ids, _ in full], ranks=ranking.ranks, response_lengths=lengths))
+        rows.append(Row(
+            ids=[ids for ids, _ in full], ranks=ranking.ranks, response_lengths=lengths,
+            scores=ranking.scores, weight=ranking.weight,
+        ))  # fmt: skip
     if not rows:
         raise DataError(
             "data.rankings: no comparable pair is left for one side of the split into training and held-out rows"

@@ -92,6 +92,8 @@ def test_the_schema_lists_nested_keys_once() -> None:
         (PpoConfig(temperature=0.0), "x.temperature"),
         (RmConfig(label_smoothing=0.5), "x.label_smoothing"),
         (RmConfig(label_smoothing=-0.1), "x.label_smoothing"),
+        (RmConfig(margin=-1.0), "x.margin"),
+        (RmConfig(loss=RmLoss.plackett_luce, ties=Ties.drop, margin=1.0), "x.margin: is of pairs"),
         (RmConfig(loss=RmLoss.plackett_luce), "x.ties: must be drop with x.loss=plackett_luce"),
         (RmConfig(loss=RmLoss.plackett_luce, ties=Ties.half), "x.ties"),
         (RmConfig(loss=RmLoss.plackett_luce, ties=Ties.drop, label_smoothing=0.1), "x.label_smoothing: is of pairs"),

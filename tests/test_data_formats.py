@@ -149,6 +149,53 @@ def test_malformed_pairs_name_the_field(change: dict[str, object], message: str)
         Preference().parse(PAIR | change, "ranking")
 
 
+def test_weights_scores_and_margins_are_read() -> None:
+    (row,) = KRanking().parse(
+        {"prompt": "a", "responses": list("bcd"), "ranks": [3, None, 1], "scores": [2, None, 4.5], "weight": 2},
+        "ranking",
+    )
+    assert isinstance(row, Ranking)
+    assert (row.scores, row.weight, row.prompt.tags) == ([2.0, None, 4.5], 2.0, {})
+    (pair,) = Preference().parse(PAIR | {"margin": 1.5, "weight": 0.5}, "ranking")
+    assert isinstance(pair, Ranking)
+    assert (pair.scores, pair.weight, pair.prompt.tags) == ([1.5, 0.0], 0.5, {})
+    assert KRanking().parse(GOOD, "ranking")[0].scores is None  # type: ignore[union-attr]
+
+
+def test_scores_follow_merged_copies() -> None:
+    row = {"prompt": "a", "responses": ["b", "c", "b"], "ranks": [1, 2, 1], "scores": [4, 3, 4]}
+    (found,) = KRanking().parse(row, "ranking")
+    assert isinstance(found, Ranking) and (found.responses, found.scores) == (["b", "c"], [4.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": True}, "field `weight` must be a finite number above 0, not bool True"),
+        ({"weight": 0}, "field `weight` must be a finite number above 0, not int 0"),
+        ({"weight": float("nan")}, "field `weight` must be a finite number above 0, not float nan"),
+        ({"weight": float("inf")}, "field `weight` must be a finite number above 0, not float inf"),
+        ({"weight": "2"}, "field `weight` must be a finite number above 0, not str '2'"),
+        ({"scores": 3}, "field `scores` must be a list of numbers, not int 3"),
+        ({"scores": [1, True]}, r"scores\[1\] must be a finite number or null, not bool True"),
+        ({"scores": [1, float("nan")]}, r"scores\[1\] must be a finite number or null, not float nan"),
+        ({"scores": [3, 2, 1]}, "`scores` has 3 entries for 2 responses"),
+        ({"scores": [1, 2]}, "`scores` order the responses otherwise than `ranks`"),
+        ({"scores": [2, 2]}, "`scores` order the responses otherwise than `ranks`"),
+        ({"scores": [2, None]}, "`scores` order the responses otherwise than `ranks`"),
+    ],
+)
+def test_malformed_weights_and_scores_name_the_field(change: dict[str, object], message: str) -> None:
+    with pytest.raises(Malformed, match=message):
+        KRanking().parse(GOOD | change, "ranking")
+
+
+@pytest.mark.parametrize("margin", [True, -1.0, float("nan"), float("inf"), "1"])
+def test_a_margin_is_not_negative(margin: object) -> None:
+    with pytest.raises(Malformed, match="field `margin` must be a finite number and not negative, not "):
+        Preference().parse(PAIR | {"margin": margin}, "ranking")
+
+
 def test_bare_prompts_and_tags() -> None:
     assert PlainPrompt().parse("a", "prompt") == [Prompt(messages=[{"role": "user", "content": "a"}])]
     (row,) = PlainPrompt().parse({"prompt": "a", "safe": True, "note": None}, "prompt")

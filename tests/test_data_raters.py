@@ -39,6 +39,15 @@ def test_each_rater_gives_a_ranking() -> None:
     assert Raters().parse(row, "prompt") == [prompt]
 
 
+def test_each_rater_has_a_weight() -> None:
+    row = raters([1, 2, 3], [2, 2, 1])
+    row["rankings"][1]["weight"] = 0.5
+    assert [part.weight for part in Raters().parse(row, "ranking") if isinstance(part, Ranking)] == [1.0, 0.5]
+    row["rankings"][1]["weight"] = -1
+    with pytest.raises(Malformed, match=r"field `rankings\[1\].weight` must be a finite number above 0, not int -1"):
+        Raters().parse(row, "ranking")
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -37,27 +37,37 @@ def ultra(*scores: dict[str, Any], **fields: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("scores", "ranks"),
+    ("given", "ranks", "scores"),
     [
-        ([{"overall_score": 3}, {"overall_score": 8.5}, {"overall_score": 3.0}], [2, 1, 2]),
-        ([{"fine-grained_score": 4.5, "overall_score": 1}, {"fine-grained_score": 2, "overall_score": 9}], [1, 2]),
+        ([{"overall_score": 3}, {"overall_score": 8.5}, {"overall_score": 3.0}], [2, 1, 2], [3, 8.5, 3]),
+        (
+            [{"fine-grained_score": 4.5, "overall_score": 1}, {"fine-grained_score": 2, "overall_score": 9}],
+            [1, 2],
+            [4.5, 2],
+        ),
         # sums 5, 9, 9, 4: both orders of 4 and 5 tie; the overall score does not count beside aspects
         (
             [aspects(x="3", y="2"), aspects(x=4, y="5"), aspects(x=5, y=4), aspects(x=1, y=3) | {"overall_score": 10}],
             [2, 1, 1, 3],
+            [2.5, 4.5, 4.5, 2],
         ),
         # only x is rated for all: 2, 3; with y the means would be 3.5, 3
-        ([aspects(x=2, y=5), aspects(x=3, y="N/A")], [2, 1]),
+        ([aspects(x=2, y=5), aspects(x=3, y="N/A")], [2, 1], [2, 3]),
         # no rating at all leaves a completion unranked, and the others keep both aspects: 7, 6
-        ([aspects(x=2, y=5), aspects(x=None, y="N/A"), aspects(x=3, y=3)], [1, None, 2]),
-        ([{"annotations": {"x": 0.1, "y": 0.2, "z": 0.3}}, {"annotations": {"x": 0.3, "y": 0.2, "z": 0.1}}], [1, 1]),
+        ([aspects(x=2, y=5), aspects(x=None, y="N/A"), aspects(x=3, y=3)], [1, None, 2], [3.5, None, 3]),
+        (
+            [{"annotations": {"x": 0.1, "y": 0.2, "z": 0.3}}, {"annotations": {"x": 0.3, "y": 0.2, "z": 0.1}}],
+            [1, 1],
+            [0.6 / 3] * 2,
+        ),
     ],
 )
-def test_scores_become_ranks(scores: list[dict[str, Any]], ranks: list[int | None]) -> None:
-    row = ultra(*scores, source="flan", annotator="gpt")
+def test_scores_become_ranks(given: list[dict[str, Any]], ranks: list[int | None], scores: list[float | None]) -> None:
+    row = ultra(*given, source="flan", annotator="gpt")
     expected = Ranking(
-        prompt=asked("q", source="flan"), responses=list("abcd")[: len(ranks)], ranks=ranks, annotator="gpt"
-    )
+        prompt=asked("q", source="flan"), responses=list("abcd")[: len(ranks)], ranks=ranks, annotator="gpt",
+        scores=scores,
+    )  # fmt: skip
     assert UltraFeedback().parse(row, "ranking") == [expected]
     assert UltraFeedback().parse(row, "prompt") == [expected.prompt]
 

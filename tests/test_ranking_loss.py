@@ -30,6 +30,8 @@ NU = 2 / 3  # at d = log 9 the three weights are 3, 1/3 and 2/3, so that the pro
 @dataclass(kw_only=True)
 class Ranked:
     ranks: Ranks
+    scores: list[float | None] | None = None
+    weight: float = 1.0
 
 
 def ranked(*rankings: Ranks) -> list[Ranked]:
@@ -204,6 +206,35 @@ def test_prompts_count_alike_whatever_their_pairs() -> None:
     assert float(pair_loss(torch.zeros(6), pairs)) == pytest.approx(2 * LOG2)
     assert pairs.weight_P.tolist() == pytest.approx([1 / 6] * 6 + [1.0])
     assert (int(pairs.first_P[-1]), int(pairs.second_P[-1])) == (5, 4)
+
+
+def test_weights_count_in_proportion_to_their_mean_in_training() -> None:
+    """Weights 3 and 1 of mean 2: 3/2 log 4/3 + 1/2 log 4, and the same for 30 and 10."""
+    for factor in (1.0, 10.0):
+        rankings = [Ranked(ranks=[1, 2], weight=3 * factor), Ranked(ranks=[2, 1], weight=factor)]
+        for kind in ({}, {"loss": "plackett_luce", "ties": "drop"}):
+            loss, r = RankingLoss(rankings, **kind), tensor([LOG3, 0.0] * 2, requires_grad=True)  # type: ignore[arg-type]
+            found = differentiate(loss(r, loss.targets(rankings)), r)
+            gradient = [-3 / 8, 3 / 8, 3 / 8, -3 / 8]  # 3/2 of 1/4 and 1/2 of 3/4
+            assert found == hand(1.5 * math.log(4 / 3) + 0.5 * math.log(4), gradient)
+            alone = loss(r[:2], loss.targets(rankings[:1]))  # an update with the heavy one only: its weight stays
+            assert float(alone.detach()) == pytest.approx(1.5 * math.log(4 / 3))
+
+
+def test_nu_starts_from_weighted_counts() -> None:
+    """One tie of weight 3, two strict pairs of weight 1: nu = 2 * 3 / 2."""
+    assert RankingLoss([Ranked(ranks=[1, 1], weight=3.0), *ranked([1, 2], [2, 1])]).nu == pytest.approx(3.0)
+
+
+def test_margin_is_taken_off_the_lead() -> None:
+    """Scores 5 and 3 at 1/2 a point: d - 1. With d = 1 + log 3 that is the log 3 of the first test; a tie has none."""
+    ranking = Ranked(ranks=[2, None, 1], scores=[3.0, None, 5.0])
+    r = tensor([0.0, 7.0, 1 + LOG3], requires_grad=True)
+    found = differentiate(pair_loss(r, make_pairs([ranking], ties=True, margin=0.5)), r)
+    assert found == hand(math.log(4 / 3), [1 / 4, 0.0, -1 / 4])
+    tied = Ranked(ranks=[1, 1, 2], scores=[4.0, 4.0, 0.0])
+    assert make_pairs([tied], ties=True, margin=0.5).margin_P.tolist() == [2.0, 2.0, 0.0]
+    assert make_pairs(ranked([1, 1, 2]), ties=True, margin=0.5).margin_P.tolist() == [0.0] * 3
 
 
 def test_nu_starts_where_equal_rewards_have_no_gradient() -> None:

@@ -13,7 +13,7 @@ from supervised_toys import CPU, make_config, make_context, tiny_base
 
 from reward_models.trained import TrainedReward
 from rlhf.config import LoraConfig, ModelConfig, RmLoss, Ties
-from rlhf.errors import ConfigError, Preempted
+from rlhf.errors import ConfigError, DataError, Preempted
 from rlhf.models import load_reward_model, score_ids
 from rlhf.ranking_loss import RankingLoss
 from rlhf.render import Renderer, load_tokenizer
@@ -102,6 +102,7 @@ def test_micro_batch_cannot_change_the_update(tmp_path: Path, kind: str, loss: s
         cfg.rm.center_coef = 0.1
         cfg.rm.loss, cfg.rm.ties = RmLoss(loss), Ties.davidson if loss == "pairs" else Ties.drop
         context = make_context(tmp_path / str(micro), base, train=8)
+        context.data.rankings.train[0].weight = 3.0
         rm.run(cfg, context)
         numbers = context.tracker
         found.append((numbers.values("train/loss")[1], numbers.values("train/grad_norm")[1], weights(context.folder)))
@@ -110,16 +111,11 @@ def test_micro_batch_cannot_change_the_update(tmp_path: Path, kind: str, loss: s
         assert torch.allclose(value, found[1][2][name], atol=1e-5), name
 
 
-def test_first_loss_is_that_of_the_definition(tmp_path: Path, base: Path) -> None:
-    """Each response scored alone, each pair's three probabilities written out: mean over pairs, then over prompts.
-
-    Of 8 prompts, two have four responses, and one tie in six pairs: T = 2/6, S = 8 - T, so nu = 2 T / S = 2/23.
-    """
-    context = make_context(tmp_path, base, train=8)
-    rm.run(make_config(epochs=1, evals=1, learning_rate=0.0), context)
+def by_definition(context: Any, base: Path, nu: float, margin: float = 0.0) -> list[float]:
+    """Each prompt's loss: each response scored alone, each pair's three probabilities written out."""
     model = load_reward_model(base, ModelConfig(), CPU, init_head=True, seed=0)
-    total, nu = 0.0, 2 / 23
     train = context.data.rankings.train
+    found = []
     for row in rm.render(train, context.renderer, RankingLoss(train)):
         r = [score_ids(model, [ids], 1)[0] for ids in row.ids]
         pairs = []
@@ -127,10 +123,43 @@ def test_first_loss_is_that_of_the_definition(tmp_path: Path, base: Path) -> Non
             for j in range(i + 1, len(r)):
                 rank_i, rank_j = row.ranks[i], row.ranks[j]
                 assert rank_i is not None and rank_j is not None
-                weights = {-1: math.exp((r[i] - r[j]) / 2), 1: math.exp((r[j] - r[i]) / 2), 0: nu}
+                lead = r[i] - r[j] - (margin * (row.scores[i] - row.scores[j]) if row.scores else 0)  # type: ignore[operator]
+                weights = {-1: math.exp(lead / 2), 1: math.exp(-lead / 2), 0: nu}
                 pairs.append(-math.log(weights[(rank_i > rank_j) - (rank_i < rank_j)] / sum(weights.values())))
-        total += sum(pairs) / len(pairs)
-    assert context.tracker.values("train/loss")[1] == pytest.approx(total / 8, rel=1e-5)
+        found.append(sum(pairs) / len(pairs))
+    return found
+
+
+def first_loss(context: Any, margin: float = 0.0) -> float:
+    cfg = make_config(epochs=1, evals=1, learning_rate=0.0)
+    cfg.rm.margin = margin
+    rm.run(cfg, context)
+    loss: float = context.tracker.values("train/loss")[1]
+    return loss
+
+
+def test_first_loss_is_that_of_the_definition(tmp_path: Path, base: Path) -> None:
+    """The mean over pairs, then over prompts. Of 8 prompts, two have four responses, and one tie in six pairs:
+    T = 2/6, S = 8 - T, so nu = 2 T / S = 2/23."""
+    context = make_context(tmp_path, base, train=8)
+    assert first_loss(context) == pytest.approx(sum(by_definition(context, base, nu=2 / 23)) / 8, rel=1e-5)
+
+
+def test_an_annotators_weight_is_the_prompts(tmp_path: Path, base: Path) -> None:
+    """5 for a prompt of two beside seven of 1: the mean weight is 12/8, S = 12 - T, and nu = 2 (2/6) / (12 - 2/6)."""
+    context = make_context(tmp_path, base, train=8)
+    context.data.rankings.train[0].weight = 5.0
+    each = by_definition(context, base, nu=2 / 35)
+    assert first_loss(context) == pytest.approx((4 * each[0] + sum(each)) / 12, rel=1e-5)
+
+
+def test_scores_become_margins(tmp_path: Path, base: Path) -> None:
+    context = make_context(tmp_path, base, train=8)
+    with pytest.raises(DataError, match=r"rm\.margin: no training ranking has scores"):
+        first_loss(context, margin=0.5)
+    context.data.rankings.train[0].scores = [2.0, 0.0]  # its ranks are 1 and 2
+    expected = sum(by_definition(context, base, nu=2 / 23, margin=0.5)) / 8
+    assert first_loss(context, margin=0.5) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("lora", "ties"), [(False, "davidson"), (True, "davidson"), (False, "drop")])

@@ -130,19 +130,22 @@ class RmConfig:
     loss: RmLoss = RmLoss.pairs  # Bradley-Terry over all pairs of a ranking, or Plackett-Luce over its choices
     ties: Ties = Ties.davidson  # a likelihood with a learnt parameter, a cross-entropy at one half, or not read
     label_smoothing: float = 0.0  # probability that a strict verdict is the wrong way round
+    margin: float = 0.0  # the better response has to lead by this times the difference of the scores
     center_coef: float = 0.0  # pulls the mean reward of a prompt's responses to zero
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def check(self, key: str) -> None:
         smoothing = self.label_smoothing
         require(0 <= smoothing < 0.5, f"{key}.label_smoothing", f"must be in [0, 0.5), not {smoothing}")
+        require(self.margin >= 0, f"{key}.margin", f"must not be negative, not {self.margin}")
         if self.loss is RmLoss.plackett_luce:
             require(
                 self.ties is Ties.drop, f"{key}.ties",
                 f"must be drop with {key}.loss=plackett_luce: it has no likelihood for a tie. Responses that tie are "
                 "each compared with the worse ones",
             )  # fmt: skip
-            require(smoothing == 0, f"{key}.label_smoothing", f"is of pairs, and {key}.loss is plackett_luce")
+            for name, value in (("label_smoothing", smoothing), ("margin", self.margin)):
+                require(value == 0, f"{key}.{name}", f"is of pairs, and {key}.loss is plackett_luce")
 
 
 @dataclass

@@ -28,6 +28,7 @@ from rlhf.data.rows import (
     make_ranking,
     messages_of,
     ranks_of,
+    scores_of,
     shown,
     split_transcript,
     text_of,
@@ -94,7 +95,7 @@ class Alpaca:
 
 def parse_pair(row: Any, kind: Kind, split: Callable[[Any, str], Split]) -> Parsed:
     """What a row with `chosen` and `rejected` holds; the demonstration in it is the chosen conversation."""
-    used = ("prompt", "chosen", "rejected", "annotator", "subset")
+    used = ("prompt", "chosen", "rejected", "annotator", "subset", "weight", "margin")
     chosen = split(row, "chosen")
     if kind == "ranking":
         return make_pair(chosen, split(row, "rejected"), row, used)
@@ -162,7 +163,7 @@ class KRanking:
         return has(row, "prompt", "responses")
 
     def parse(self, row: Any, kind: Kind) -> list[Parsed]:
-        used = ("prompt", "responses", "ranks", "annotator", "subset")
+        used = ("prompt", "responses", "ranks", "annotator", "subset", "weight", "scores")
         messages = messages_of(field_of(row, "prompt"), "prompt")
         if kind == "prompt":
             return [make_prompt(messages, row, used)]
@@ -171,7 +172,7 @@ class KRanking:
         if len(ranks) != len(responses):
             raise Malformed(f"`ranks` has {len(ranks)} entries for {len(responses)} responses")
         prompt = make_prompt(messages, row, used)
-        return [make_ranking(prompt, responses, ranks, row)]
+        return [make_ranking(prompt, responses, ranks, row, scores_of(row, ranks))]
 
 
 class PlainPrompt:

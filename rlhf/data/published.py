@@ -90,7 +90,7 @@ class Comparisons:
         asked = "question" if has(row, "question") else "prompt"
         messages = messages_of(field_of(row, asked), asked)
         predictions = [name for name in row if self._prediction.fullmatch(name)]
-        used = (asked, "responses", "preference", "annotator", "subset", *predictions)
+        used = (asked, "responses", "preference", "annotator", "subset", "weight", *predictions)
         if kind == "prompt":
             return [make_prompt(messages, row, used, asked)]
         verdicts = self._verdicts(row)

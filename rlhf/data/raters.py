@@ -21,10 +21,11 @@ from rlhf.data.rows import (
     ranks_of,
     shown,
     texts_of,
+    weight_of,
 )
 from rlhf.types import Prompt, Ranking
 
-Rated = tuple[str | None, list[int | None]]  # the annotator, and the rank of each response
+Rated = tuple[str | None, list[int | None], float]  # the annotator, the rank of each response, the weight
 
 
 class Raters:
@@ -63,7 +64,7 @@ class Raters:
             ranks = ranks_of(item["ranks"], f"{place}.ranks")
             if len(ranks) != count:
                 raise Malformed(f"`{place}.ranks` has {len(ranks)} entries for {count} responses")
-            yield annotator, ranks
+            yield annotator, ranks, weight_of(item, f"{place}.weight")
 
 
 class LabelStudio:
@@ -95,7 +96,7 @@ class LabelStudio:
             raise Malformed(f"field `data` must have one list of items with `id` and `body`, but it has {found}")
         bodies = self._bodies(data[lists[0]], f"data.{lists[0]}")
         rated = [
-            (self._annotator(item, place), self._ranks(item, list(bodies), place))
+            (self._annotator(item, place), self._ranks(item, list(bodies), place), 1.0)
             for place, item in _objects(field_of(row, "annotations"), "annotations")
             if not self._cancelled(item, place)
         ]
@@ -171,9 +172,10 @@ def each_rater(
     if not rated:
         raise Dirty(NO_LABEL)
     parts: list[Ranking | Dirty] = []
-    for annotator, ranks in rated:
+    for annotator, ranks, weight in rated:
+        labels = {"annotator": annotator, "subset": subset, "weight": weight}
         try:
-            parts.append(make_ranking(prompt(), responses, ranks, {"annotator": annotator, "subset": subset}))
+            parts.append(make_ranking(prompt(), responses, ranks, labels))
         except Dirty as dirt:
             parts.append(dirt)
     if all(isinstance(part, Dirty) for part in parts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -127,7 +128,8 @@ def make_demonstration(prompt: Prompt, response: str) -> Demonstration:
 def make_pair(chosen: Split, rejected: Split, row: Any, used: tuple[str, ...]) -> Ranking:
     """A ranking of two. Checked in this order, so that a row has one kind of dirt: mismatch, empty, identical."""
     (messages, good), (other, bad) = chosen, rejected
-    annotator, subset = label_of(row, "annotator"), label_of(row, "subset")
+    annotator, subset, weight = label_of(row, "annotator"), label_of(row, "subset"), weight_of(row)
+    margin = margin_of(row)
     if messages != other:
         raise Dirty(MISMATCH)
     prompt = make_prompt(messages, row, used)
@@ -135,7 +137,10 @@ def make_pair(chosen: Split, rejected: Split, row: Any, used: tuple[str, ...]) -
         raise Dirty(EMPTY_REPLY)
     if good.strip() == bad.strip():
         raise Dirty(IDENTICAL)
-    return Ranking(prompt=prompt, responses=[good, bad], ranks=[1, 2], annotator=annotator, subset=subset)
+    return Ranking(
+        prompt=prompt, responses=[good, bad], ranks=[1, 2], annotator=annotator, subset=subset,
+        scores=None if margin is None else [margin, 0.0], weight=weight,
+    )  # fmt: skip
 
 
 def label_of(row: Any, name: str) -> str | None:
@@ -144,6 +149,44 @@ def label_of(row: Any, name: str) -> str | None:
     if value is not None and type(value) not in (str, int):
         raise Malformed(f"field `{name}` must be text or a whole number, not {shown(value)}")
     return None if value is None else str(value)
+
+
+def weight_of(row: Any, place: str = "weight") -> float:
+    """The optional weight of a ranking, 1 if absent."""
+    value = row.get("weight")
+    if value is None:
+        return 1.0
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise Malformed(f"field `{place}` must be a finite number above 0, not {shown(value)}")
+    return float(value)
+
+
+def margin_of(row: Any) -> float | None:
+    """By how much the chosen response of a pair is better, if the row says so."""
+    value = row.get("margin")
+    if value is not None and (type(value) not in (int, float) or not 0 <= value < math.inf):
+        raise Malformed(f"field `margin` must be a finite number and not negative, not {shown(value)}")
+    return None if value is None else float(value)
+
+
+def scores_of(row: Any, ranks: Sequence[int | None]) -> list[float | None] | None:
+    """The optional scores of a row with ranks. A better rank must have a higher score, a tie an equal one, and an
+    unranked response none."""
+    value = row.get("scores")
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise Malformed(f"field `scores` must be a list of numbers, not {shown(value)}")
+    for i, score in enumerate(value):
+        if score is not None and (type(score) not in (int, float) or not math.isfinite(score)):
+            raise Malformed(f"scores[{i}] must be a finite number or null, not {shown(score)}")
+    if len(value) != len(ranks):
+        raise Malformed(f"`scores` has {len(value)} entries for {len(ranks)} responses")
+    scores = [None if score is None else float(score) for score in value]
+    places = sorted({rank for rank in ranks if rank is not None})
+    if places_of(scores) != [None if rank is None else places.index(rank) + 1 for rank in ranks]:
+        raise Malformed(f"`scores` order the responses otherwise than `ranks`: {shown(value)} and {shown([*ranks])}")
+    return scores
 
 
 def texts_of(value: Any, name: str) -> list[str]:
@@ -174,15 +217,21 @@ def rank_of(value: Any, place: str) -> int | None:
     return None if value is None else int(value)
 
 
-def make_ranking(prompt: Prompt, responses: list[str], ranks: list[int | None], row: Any) -> Ranking:
+def make_ranking(
+    prompt: Prompt, responses: list[str], ranks: list[int | None], row: Any, scores: list[float | None] | None = None
+) -> Ranking:
     """A ranking with the row's labels. Raises Dirty for an empty reply, too few ranks and copies, in this order."""
-    annotator, subset = label_of(row, "annotator"), label_of(row, "subset")
+    annotator, subset, weight = label_of(row, "annotator"), label_of(row, "subset"), weight_of(row)
     if not all(response.strip() for response in responses):
         raise Dirty(EMPTY_REPLY)
     if sum(rank is not None for rank in ranks) < 2:
         raise Dirty(NO_LABEL)
+    score_of = None if scores is None else dict(zip(ranks, scores, strict=True))  # equal ranks have equal scores
     responses, ranks = merge_copies(responses, ranks)
-    return Ranking(prompt=prompt, responses=responses, ranks=ranks, annotator=annotator, subset=subset)
+    return Ranking(
+        prompt=prompt, responses=responses, ranks=ranks, annotator=annotator, subset=subset,
+        scores=None if score_of is None else [score_of[rank] for rank in ranks], weight=weight,
+    )  # fmt: skip
 
 
 def places_of(scores: Sequence[float | None]) -> list[int | None]:

@@ -51,14 +51,14 @@ class UltraFeedback:
 
     def parse(self, row: Any, kind: Kind) -> list[Parsed]:
         messages = messages_of(text_of(row, "instruction"), "instruction")
-        used = ("instruction", "completions", "annotator", "subset")
+        used = ("instruction", "completions", "annotator", "subset", "weight")
         if kind == "prompt":
             return [make_prompt(messages, row, used, "instruction")]
         completions = _objects(row, "completions")
         responses = [_text(c, "response", f"completions[{i}]") for i, c in enumerate(completions)]
         scores = self._scores(completions)
         prompt = make_prompt(messages, row, used, "instruction")
-        return [make_ranking(prompt, responses, places_of(scores), row)]
+        return [make_ranking(prompt, responses, places_of(scores), row, scores)]
 
     def _scores(self, completions: list[dict[str, Any]]) -> list[float | None]:
         """One score for each completion; None is unrated."""
@@ -76,10 +76,10 @@ class UltraFeedback:
             return [_number(c[name], f"completions[{i}].{name}") for i, c in enumerate(completions)]
         ratings = [self._ratings(c["annotations"], f"completions[{i}].annotations") for i, c in enumerate(completions)]
         rated = [set(found) for found in ratings if found]
-        # Only aspects rated for all of them compare like with like; the sum then orders as the mean does, and fsum
-        # gives equal sums for equal ratings in any order.
+        # Only aspects rated for all of them compare like with like; fsum gives equal sums, and so equal means, for
+        # equal ratings in any order.
         aspects = set.intersection(*rated) if rated else set()
-        return [math.fsum(found[a] for a in aspects) if found and aspects else None for found in ratings]
+        return [math.fsum(found[a] for a in aspects) / len(aspects) if found and aspects else None for found in ratings]
 
     def _ratings(self, value: Any, place: str) -> dict[str, float]:
         """The ratings of one completion by aspect; an aspect is a number, or an object with `Rating`."""
@@ -112,7 +112,7 @@ class Nectar:
         return has(row, "prompt", "answers")
 
     def parse(self, row: Any, kind: Kind) -> list[Parsed]:
-        messages, used = self._messages(row), ("prompt", "answers", "annotator", "subset")
+        messages, used = self._messages(row), ("prompt", "answers", "annotator", "subset", "weight")
         if kind == "ranking":
             answers = _objects(row, "answers")
             responses = [_text(a, "answer", f"answers[{i}]") for i, a in enumerate(answers)]
