@@ -223,6 +223,8 @@ def test_the_pass_that_reads_the_values_is_the_critics_first_step(minibatch: int
     cfg = ppo_config(minibatch=minibatch, batch=5, epochs=2, value_clip=None if estimator == "fresh" else 0.01)
     with torch.no_grad():
         roles.critic.head.weight.fill_(0.05)
+        for p in roles.reference.parameters():
+            p.mul_(1.1)  # so that there is a KL to pay
     episodes = episodes_of(roles, cfg)
     twin, again = copy.deepcopy(roles), copy.deepcopy(episodes)
     for episode, values in zip(again, read_values(twin.critic, again, cfg.micro_tokens), strict=True):
