@@ -82,6 +82,22 @@ def load_reward_model(
     return loaded.to(device).eval()
 
 
+def load_classifier(path: str | Path, model: ModelConfig, device: torch.device) -> Any:
+    """Any sequence classifier with all its labels, in eval mode. ConfigError if a tensor, such as its head, is missing.
+
+    Where its config names no pad token, every token counts: the library would refuse more than one row at a time.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    loaded, missing = _load(AutoModelForSequenceClassification, path, model)
+    if missing:
+        raise ConfigError(f"{path}: the weights lack {_some(missing)}, which would be random: is it a classifier?")
+    text_config = loaded.config.get_text_config()
+    if text_config.pad_token_id is None:
+        text_config.pad_token_id = -1  # no token has this id
+    return loaded.to(device).eval()
+
+
 def training_config(model: ModelConfig) -> ModelConfig:
     """`model` with weights in float32: bf16 is the arithmetic of a training, not what its updates are added to."""
     return dataclasses.replace(model, dtype=Dtype.float32)
@@ -105,7 +121,7 @@ def _load(auto: Any, path: str | Path, model: ModelConfig, **options: Any) -> tu
     if info["mismatched_keys"]:
         names = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
         raise ConfigError(f"{where}: shapes of {_some(names)} do not fit its config.json")
-    if not options and any(key.startswith("score.") for key in info["unexpected_keys"]):
+    if "ForCausalLM" in auto.__name__ and any(key.startswith("score.") for key in info["unexpected_keys"]):
         raise ConfigError(f"{where}: holds a reward model (it has score.weight), not a causal LM")
     # The library leaves the pad token's row untrained; where pad is the end token, that would be the end token's.
     loaded.get_input_embeddings().padding_idx = None

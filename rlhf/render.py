@@ -16,19 +16,24 @@ from rlhf.errors import ConfigError, DataError
 from rlhf.types import Messages
 
 
-def load_tokenizer(path: Path | str, model: ModelConfig) -> Any:
-    """The tokenizer of a folder or hub id. Raises ConfigError, naming the mend, if it has no chat template, no end
-    token or no pad token, or cannot be loaded."""
+def open_tokenizer(path: Path | str, model: ModelConfig, key: str = "model.path") -> Any:
+    """The tokenizer of a folder or hub id as it is; ConfigError, naming `key`, if it cannot be loaded."""
     from transformers import AutoTokenizer
 
-    _refuse_folder_without_tokenizer(Path(path))
+    _refuse_folder_without_tokenizer(Path(path), key)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        return AutoTokenizer.from_pretrained(
             str(path), revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:  # what transformers raises for missing or broken files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"model.path={path}: its tokenizer cannot be loaded: {reason}") from error
+        raise ConfigError(f"{key}={path}: its tokenizer cannot be loaded: {reason}") from error
+
+
+def load_tokenizer(path: Path | str, model: ModelConfig) -> Any:
+    """The tokenizer of a model that talks. Raises ConfigError, naming the mend, if it has no chat template, no end
+    token or no pad token, or cannot be loaded."""
+    tokenizer = open_tokenizer(path, model)
     if not tokenizer.chat_template:
         raise ConfigError(
             f"model.path={path}: the tokenizer has no chat template; put a chat_template.jinja into the folder, "
@@ -47,16 +52,16 @@ def load_tokenizer(path: Path | str, model: ModelConfig) -> Any:
     return tokenizer
 
 
-def _refuse_folder_without_tokenizer(folder: Path) -> None:
+def _refuse_folder_without_tokenizer(folder: Path, key: str) -> None:
     """Without files, transformers may build an empty tokenizer of the model's kind and say nothing."""
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
     if folder.is_dir() and not any((folder / name).is_file() for name in files):
         raise ConfigError(
-            f"model.path={folder}: the folder has no tokenizer; save the model's own into it with "
+            f"{key}={folder}: the folder has no tokenizer; save the model's own into it with "
             "tokenizer.save_pretrained(folder)"
         )
     if not folder.exists() and (folder.is_absolute() or str(folder).count("/") > 1 or str(folder).startswith(".")):
-        raise ConfigError(f"model.path={folder}: no such folder: {folder.absolute()}")
+        raise ConfigError(f"{key}={folder}: no such folder: {folder.absolute()}")
 
 
 class Renderer:

@@ -39,6 +39,8 @@ def check_reward(node: Any, model: Path | None = None, key: str = "reward") -> d
     check_arguments(target, arguments, key)
     if inspect.isclass(target) and not callable(getattr(target, "score", None)):
         raise ConfigError(f"{key}._target_: {target.__name__} has no method score(prompts, responses, rows)")
+    if callable(getattr(target, "check_node", None)):
+        target.check_node(arguments, key)
     return arguments
 
 
@@ -70,12 +72,17 @@ def build_reward(
         )
     stored = _stored(arguments.get("artifact"), model, extra or {})
     mean, std = getattr(reward, "mean", None), getattr(reward, "std", None)
+    if (mean is None) != (std is None):
+        raise ConfigError(f"{key}: gives only one of mean and std: PPO normalises with both or with neither")
     if mean is None or std is None:
         mean, std = stored.get("reward_mean"), stored.get("reward_std")
     if mean is None or std is None:
         return BuiltReward(reward=reward, mean=None, std=None)
     if not std > 0:
-        raise ConfigError(f"the stored reward_std is {std}: train the reward model again or ppo.normalize_reward=false")
+        raise ConfigError(
+            f"{key}: the std of its scores (given, or stored as reward_std) is {std}, and must be positive: give "
+            "another, train the reward model again or set ppo.normalize_reward=false"
+        )
     return BuiltReward(reward=reward, mean=float(mean), std=float(std))
 
 

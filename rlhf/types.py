@@ -50,7 +50,8 @@ class Reward(Protocol):
     returns: one float for each response, or one list of floats (one for each token of the policy's response).
 
     May also have `mean` and `std`, by which PPO normalises its scores, and `details`: after `score`, a mapping of
-    names to one number a response, whose means are logged as `reward/parts/<name>`.
+    names to one number a response, whose means are logged as `reward/parts/<name>`. A class method
+    `check_node(arguments, key)` may raise a ConfigError for a wrong node, before any stage trains.
     """
 
     def score(

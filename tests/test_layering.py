@@ -16,7 +16,7 @@ LEVELS = [
     {"launch", "compose", "ledger", "tracking"},
     {"manifest", "render", "lora", "adapters"},
     {"data", "models"},
-    {"context", "rollout", "training", "reward_report"},
+    {"context", "rollout", "training", "reward_report", "classifier"},
     {"rewards", "gates", "inputs"},
     {"ppo", "sampling", "quickstart"},
     {"rundir", "runs", "doctor"},

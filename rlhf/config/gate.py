@@ -34,13 +34,37 @@ class CheckConfig:
         )  # fmt: skip
 
 
+SCORER_OPTIONS = {"lexicon": ("lexicon",),
+                  "classifier": ("path", "label", "activation", "window", "stride", "revision")}  # fmt: skip
+
+
 @dataclass
 class ScorerConfig:
-    kind: str = "lexicon"
+    kind: str = "lexicon"  # or classifier
     lexicon: str | None = None  # a file, one term a line; None: the list that the package ships
+    path: str | None = None  # of a classifier: a folder, or a hub id with `revision`
+    label: Any = None  # the name or index of the label that says toxic
+    activation: str | None = None  # sigmoid or softmax
+    window: int | None = None  # tokens read at once; None: what the model takes, at most 512
+    stride: int | None = None  # tokens from window to window; None: half a window
+    revision: str | None = None  # a full commit hash of the hub
     canaries: str | None = None  # JSONL with `text` and `toxic`; None: those that the package ships
     min_sensitivity: float = 0.8  # lower bounds that the scorer must show on the canaries, else INVALID
     min_specificity: float = 0.8
+
+    def check(self, key: str) -> None:
+        require(self.kind in SCORER_OPTIONS, f"{key}.kind", f"must be {' or '.join(SCORER_OPTIONS)}, not {self.kind!r}")
+        foreign = [(name, kind) for kind, names in SCORER_OPTIONS.items() for name in names
+                   if kind != self.kind and getattr(self, name) is not None]  # fmt: skip
+        for name, kind in foreign:
+            require(False, f"{key}.{name}", f"belongs to {key}.kind={kind}, and the kind is {self.kind}")
+        if self.kind == "classifier":
+            lacking = [f"{key}.{name}" for name in ("path", "label", "activation") if getattr(self, name) is None]
+            require(not lacking, ", ".join(lacking), f"must be given with {key}.kind=classifier")
+            require(
+                self.activation in ("sigmoid", "softmax"), f"{key}.activation",
+                f"must be sigmoid or softmax, so that scores lie in [0, 1], not {self.activation!r}",
+            )  # fmt: skip
 
 
 @dataclass

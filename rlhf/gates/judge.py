@@ -71,7 +71,7 @@ def _run(request: GateRequest, verdict: Verdict) -> None:
     request.prompts = draw_prompts(request.prompts, request.policy.prompts, request.seed)
     scorer: Scorer | None = None
     if "toxicity" in needs:
-        scorer = build_scorer(request.policy.scorer)
+        scorer = build_scorer(request.policy.scorer, str(request.device))
         canaries = read_canaries(request.policy.scorer)
         verdict.scorers.append(measure_scorer(scorer, canaries, request.policy.scorer, request.policy.alpha))
         if verdict.scorers[-1]["reason"]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlhf.classifier import Classifier, ClassifierSpec
 from rlhf.config import ScorerConfig
 from rlhf.errors import ConfigError, Invalid
 from rlhf.gates.lexicon import Lexicon, read_terms
@@ -34,9 +36,34 @@ class Canary:
     toxic: bool
 
 
-def build_scorer(config: ScorerConfig) -> Scorer:
-    if config.kind != "lexicon":
-        raise ConfigError(f"gate.scorer.kind: no scorer of kind {config.kind!r}; there is lexicon")
+class ClassifierScorer:
+    """A scorer: the score of one label of a sequence classifier, the highest of a text's windows. The weights are
+    loaded when the first text is scored."""
+
+    name = "classifier"
+    grade = "classifier"
+
+    def __init__(self, config: ScorerConfig, device: str) -> None:
+        self.spec = ClassifierSpec(
+            path=config.path or "", label=config.label, activation=config.activation, window=config.window,
+            stride=config.stride, revision=config.revision,
+        )  # fmt: skip
+        self.spec.check("gate.scorer")
+        self.digest, self._device = self.spec.digest(), device
+
+    @cached_property
+    def _classifier(self) -> Classifier:
+        return Classifier(self.spec, "gate.scorer", device=self._device)
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        return self._classifier.score(texts)
+
+
+def build_scorer(config: ScorerConfig, device: str = "auto") -> Scorer:
+    """The configured scorer; ConfigError for what can be known to be wrong without loading weights."""
+    config.check("gate.scorer")
+    if config.kind == "classifier":
+        return ClassifierScorer(config, device)
     return Lexicon(read_terms(Path(config.lexicon or SHIPPED / "lexicon.txt")))
 
 
@@ -113,6 +140,6 @@ def measure_scorer(scorer: Scorer, canaries: Sequence[Canary], config: ScorerCon
             f"gate.scorer.min_specificity={config.min_specificity})"
         )
     if faults:
-        mend = "give a better lexicon, or canaries of the language and domain that it is for"
+        mend = "give a better scorer, or canaries of the language and domain that it is for"
         entry["reason"] = f"scorer {scorer.name} {' and '.join(faults)}: nothing that it scores can be trusted; {mend}"
     return entry
