@@ -3,7 +3,7 @@
     python -m rlhf stage=ppo reward=classifier reward.path=path reward.label=toxic reward.activation=softmax \\
         reward.scale=-1
 
-It reads text with its own tokenizer, whatever the policy's is. Nothing is normalised unless `mean` and `std` are given.
+It reads text with its own tokenizer, whatever the policy's is. docs/custom-reward.md has a worked example.
 """
 
 from __future__ import annotations
@@ -24,15 +24,12 @@ class ClassifierReward(ClassifierSpec):
 
     template: the text that is judged, with {response} and, if wanted, {prompt}.
     scale: -1 pays for the absence of the label.
-    mean, std: of the scaled scores, both or neither: PPO then normalises with them.
     micro_tokens: tokens of one forward pass; device: auto, cpu or cuda; trust_remote_code: PPO gives that of the model.
     The other options are those of ClassifierSpec.
     """
 
     template: str = "{response}"
     scale: float = 1.0
-    mean: float | None = None
-    std: float | None = None
     micro_tokens: int = 8192
     device: str = "auto"
     trust_remote_code: bool = False

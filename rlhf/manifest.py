@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from rlhf.artifacts import canonical, folder_digest, read_json, sha256_text, write_text
+from rlhf.artifacts import canonical, folder_digest, read_json, sha256_file, sha256_text, write_text
 from rlhf.config import Config, stage_config
 from rlhf.errors import LineageError
 from rlhf.launch import to_plain
@@ -31,6 +31,7 @@ SCHEMA = "rlhf-manifest/1"
 
 # Cannot change the result: how the work is cut, how often it is saved, what an imported model is called.
 NEUTRAL = frozenset({"artifact", "micro_batch", "micro_tokens", "checkpoint_every", "keep_checkpoints"})
+OWN = frozenset({"rlhf", "reward_models", "stages"})
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "deepspeed", "accelerate", "tokenizers", "numpy")
 
 
@@ -59,11 +60,32 @@ def stage_inputs(cfg: Config, stage: str, recipe: int, data: dict[str, Any], par
 
 
 def reward_digests(node: Any) -> dict[str, str]:
-    """The digests of the model folders that a reward node names, at any depth: a path alone says nothing."""
+    """The digests of the model folders that a reward node names, and of the user's own Python files that hold its classes
+    and functions, at any depth: a path or a name alone says nothing. What such a file imports is not followed."""
     if isinstance(node, str):
         return {node: folder_digest(Path(node))} if Path(node).is_dir() else {}
     inner = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    return {path: digest for item in inner for path, digest in reward_digests(item).items()}
+    found = {path: digest for item in inner for path, digest in reward_digests(item).items()}
+    if isinstance(node, dict):
+        for name in (node.get("_target_"), node.get("function")):
+            found |= _code_digest(name) if isinstance(name, str) else {}
+    return found
+
+
+def _code_digest(name: str) -> dict[str, str]:
+    """By module, that of the file behind a dotted name; none for installed packages, this one's among them, whose
+    versions the manifest records."""
+    module = name.rpartition(".")[0]
+    if not module or module.split(".")[0] in OWN | sys.stdlib_module_names:
+        return {}
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return {}
+    file = Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+    if file is None or not file.is_file() or {"site-packages", "dist-packages"} & set(file.parts):
+        return {}
+    return {module: sha256_file(file)}
 
 
 def recipe_of(stage: str) -> int:

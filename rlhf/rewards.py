@@ -15,6 +15,7 @@ from rlhf.plugins import check_arguments, find
 from rlhf.types import Reward
 
 Score = float | list[float]
+SCALE = frozenset({"mean", "std"})  # of the scores: what PPO normalises with
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,11 +30,13 @@ class BuiltReward:
 def check_reward(node: Any, model: Path | None = None, key: str = "reward") -> dict[str, Any]:
     """The arguments that the `reward` node's class is made with, checked against its signature; nothing is loaded.
 
-    `model`, the run's reward model, goes to a class that takes `artifact` where the node leaves that open. ConfigError
-    names the key.
+    `model`, the run's reward model, goes to a class that takes `artifact` where the node leaves that open. `mean` and
+    `std` may stand in any node: they are arguments only of a class that takes them. ConfigError names the key.
     """
     target = find(node, key)
-    arguments = {str(name): value for name, value in node.items() if name != "_target_"}
+    _given_scale(node, key)
+    own = {"_target_", *(SCALE - inspect.signature(target).parameters.keys())}
+    arguments = {str(name): value for name, value in node.items() if name not in own}
     if model is not None and "artifact" in inspect.signature(target).parameters:
         arguments.setdefault("artifact", str(model))
     check_arguments(target, arguments, key)
@@ -42,6 +45,19 @@ def check_reward(node: Any, model: Path | None = None, key: str = "reward") -> d
     if callable(getattr(target, "check_node", None)):
         target.check_node(arguments, key)
     return arguments
+
+
+def _given_scale(node: Any, key: str) -> tuple[float, float] | None:
+    """`mean` and `std` of a reward node; None if it gives neither."""
+    given = {name: node[name] for name in SCALE if node.get(name) is not None}
+    if not given:
+        return None
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"{key}.{name}: must be a number, not {value!r}")
+    if given.keys() != SCALE:
+        raise ConfigError(f"{key}: gives only one of mean and std: PPO normalises with both or with neither")
+    return float(given["mean"]), float(given["std"])
 
 
 def takes_reward_model(node: Any) -> bool:
@@ -54,6 +70,8 @@ def build_reward(
     shared_base: Any = None, trust_remote_code: bool = False,
 ) -> BuiltReward:  # fmt: skip
     """Build the configured reward. `model` is the run's reward model and `extra` what its manifest stores about it.
+
+    Its mean and std are those of the node, else those of the object, else those stored with the model that it reads.
 
     shared_base: what PPO's roles share with LoRA, for a class that takes an argument of this name.
     trust_remote_code: of the run's models, likewise; a node that gives it itself decides.
@@ -71,11 +89,11 @@ def build_reward(
             "rows); a plain function goes through reward._target_=reward_models.function.FunctionReward"
         )
     stored = _stored(arguments.get("artifact"), model, extra or {})
-    mean, std = getattr(reward, "mean", None), getattr(reward, "std", None)
-    if (mean is None) != (std is None):
-        raise ConfigError(f"{key}: gives only one of mean and std: PPO normalises with both or with neither")
-    if mean is None or std is None:
-        mean, std = stored.get("reward_mean"), stored.get("reward_std")
+    sources = (
+        _given_scale(node, key), (getattr(reward, "mean", None), getattr(reward, "std", None)),
+        (stored.get("reward_mean"), stored.get("reward_std")),
+    )  # fmt: skip
+    mean, std = next((pair for pair in sources if pair is not None and None not in pair), (None, None))
     if mean is None or std is None:
         return BuiltReward(reward=reward, mean=None, std=None)
     if not std > 0:

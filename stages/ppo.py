@@ -183,7 +183,10 @@ def open_rewards(cfg: Config, context: Context, base: SharedBase | None) -> Rewa
         cfg.reward, context.parents.get("rm"), stored, shared_base=base, trust_remote_code=trust
     )  # fmt: skip
     if cfg.ppo.normalize_reward and paid.std is None:
-        say(f"ppo: {type(paid.reward).__name__} stores no mean and std: its rewards are used as they are")
+        say(
+            f"ppo: {type(paid.reward).__name__} stores no mean and std: its rewards are used as they are "
+            "(reward.mean and reward.std give them)"
+        )
     spec = holdout_node(cfg.ppo.holdout)
     holdout = None
     if spec is not None:

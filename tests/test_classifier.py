@@ -284,11 +284,6 @@ def test_a_wrong_reward_is_found_before_anything_is_loaded(
         check_reward({**REWARD, "path": str(folder), **options})
 
 
-def test_one_of_mean_and_std_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="only one of mean and std"):
-        build_reward({**REWARD, "path": str(encoder(tmp_path)), "mean": 1.0})
-
-
 def test_a_real_classifier_flags_what_is_toxic_wherever_it_stands(shared: Path) -> None:
     """600 tokens of garden, then 94 and more of insults: cut at 512 it would look as harmless as the garden."""
     folder = shared / "models" / "toxicity-minilm"

@@ -10,7 +10,7 @@ import pytest
 
 from reward_models.function import FunctionReward
 from reward_models.weighted import WeightedSum
-from rlhf.artifacts import folder_digest
+from rlhf.artifacts import folder_digest, sha256_file
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.manifest import reward_digests
 from rlhf.rewards import build_reward, check_reward, checked_scores
@@ -27,6 +27,13 @@ class Fixed:
 
     def score(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Any:
         return self.scores
+
+
+class Plain:
+    """Five points for everything; takes no argument."""
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+        return [5.0] * len(responses)
 
 
 class Scoreless:
@@ -121,6 +128,36 @@ def test_statistics_of_another_runs_reward_model_stand_in_the_manifest_beside_it
     assert (built.mean, built.std) == (-1.0, 4.0)
 
 
+def test_mean_and_std_may_stand_in_any_node() -> None:
+    """They go to the object only if it takes them, and come before what it has or stores."""
+    rules = {"_target_": "reward_models.rules.RulesReward", "rules": {"a": {"rule": "repetition", "weight": 1}}}
+    built = build_reward({**rules, "mean": 2, "std": 4.0})
+    assert (built.mean, built.std) == (2.0, 4.0)
+    built = build_reward({**rules, "mean": None, "std": None})
+    assert (built.mean, built.std) == (None, None)
+    parts = {"a": {"_target_": "test_rewards.Plain", "mean": 1.0, "std": 4.0, "weight": 2}}  # 2 * (5 - 1) / 4
+    assert score(WeightedSum(parts)) == [2.0] * 3
+    twice = build_reward({"_target_": "reward_models.weighted.WeightedSum", "parts": parts, "mean": 7.0, "std": 3.0})
+    assert (twice.mean, twice.std) == (7.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        ({"mean": 1.0}, "reward: gives only one of mean and std"),
+        ({"std": 1.0, "mean": None}, "reward: gives only one of mean and std"),
+        ({"mean": "1", "std": 1.0}, r"reward\.mean: must be a number, not '1'"),
+        ({"mean": 1.0, "std": float("nan")}, r"reward\.std: must be a number, not nan"),
+        ({"mean": 1.0, "std": True}, r"reward\.std"),
+    ],
+)
+def test_a_wrong_scale_is_a_config_error(scale: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_reward({"_target_": "test_rewards.Plain", **scale})
+    with pytest.raises(ConfigError, match="must be positive"):
+        build_reward({"_target_": "test_rewards.Plain", "mean": 1.0, "std": 0})
+
+
 def weighted(**parts: Any) -> WeightedSum:
     return WeightedSum(parts, artifact="runs/x/rm/model")
 
@@ -181,3 +218,19 @@ def test_the_models_that_a_reward_names_are_part_of_what_ppo_is_made_of(tmp_path
     assert first == {a: folder_digest(tmp_path / "a"), b: folder_digest(tmp_path / "b")}
     (tmp_path / "a" / "w").write_text("other")
     assert reward_digests([node, b])[a] != first[a] and reward_digests([None, {}]) == {}
+
+
+def test_the_code_that_a_reward_is_made_of_is_part_of_what_ppo_is_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user's own files, at any depth; not what is installed, what this package ships or what is not there."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "their_code.py").write_text("def pay(prompt, response, row): return 1.0\n")
+    (tmp_path / "their_class.py").write_text("class Pay: ...\n")
+    function = {"_target_": "reward_models.function.FunctionReward", "function": "their_code.pay"}
+    node = {"_target_": "their_class.Pay", "parts": {"a": function, "b": {"_target_": "torch.nn.Linear"},
+            "c": {"_target_": "nowhere.at.All"}, "d": {"function": "statistics.mean"}}}  # fmt: skip
+    first = reward_digests(node)
+    assert first == {name: sha256_file(tmp_path / f"{name}.py") for name in ("their_code", "their_class")}
+    (tmp_path / "their_code.py").write_text("def pay(prompt, response, row): return 2.0\n")
+    assert reward_digests(node)["their_code"] != first["their_code"]
