@@ -60,8 +60,8 @@ def stage_inputs(cfg: Config, stage: str, recipe: int, data: dict[str, Any], par
 
 
 def reward_digests(node: Any) -> dict[str, str]:
-    """The digests of the model folders that a reward node names, and of the user's own Python files that hold its classes
-    and functions, at any depth: a path or a name alone says nothing. What such a file imports is not followed."""
+    """The digests of the model folders that a reward node names and of the user's own Python files with its classes and
+    functions, at any depth: a path or a name alone says nothing. What such a file imports is not followed."""
     if isinstance(node, str):
         return {node: folder_digest(Path(node))} if Path(node).is_dir() else {}
     inner = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
