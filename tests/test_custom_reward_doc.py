@@ -19,7 +19,7 @@ import pytest
 import torch
 from classifier_toys import encoder
 from ppo_tiny import config, context, metrics
-from runs import ROOT, TINY, environment, lines, read_json, rlhf, words, write_data
+from runs import ROOT, TINY, environment, read_json, rlhf, words, write_data
 from test_readme import FENCED, composed
 
 from rlhf.config import Config, CriticInit, ModelConfig
@@ -230,7 +230,7 @@ def test_a_killed_server_ends_ppo_with_a_named_error_and_the_same_command_goes_o
         [sys.executable, "-m", "rlhf", *broken], cwd=folder, env=environment(), stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    while not (log.exists() and len(lines(log)) >= 3):
+    while not (log.exists() and log.read_text(encoding="utf-8").count("\n") >= 3):
         assert process.poll() is None, "it ended before the server was killed"
         time.sleep(0.005)
     server.send_signal(signal.SIGKILL)

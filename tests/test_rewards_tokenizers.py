@@ -1,4 +1,4 @@
-"""A policy and a reward model of different kinds meet in text alone, and a saved reward model is the one that trained."""
+"""A policy and a reward model of different kinds meet in text alone; a saved reward model is the one that trained."""
 
 from __future__ import annotations
 
