@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,15 @@ def spans(length: int, size: int, stride: int) -> list[tuple[int, int]]:
     return [(start, start + size) for start in [*range(0, length - size, stride), length - size]]
 
 
+def equal_lengths(lengths: Sequence[int], micro_tokens: int) -> Iterator[list[int]]:
+    """Places in `lengths`, longest first, in groups of one length and of at most `micro_tokens` tokens; a longer row
+    makes a group of its own."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for length, places in itertools.groupby(order, key=lambda i: lengths[i]):
+        equal, rows = list(places), max(1, micro_tokens // length)
+        yield from (equal[start : start + rows] for start in range(0, len(equal), rows))
+
+
 class Classifier:
     """A loaded classifier.
 
@@ -164,20 +173,15 @@ class Classifier:
     def _score_windows(self, windows: Sequence[list[int]], owners: Sequence[int]) -> list[float]:
         import torch
 
-        from rlhf.models import micro_batches
-
         scores = [0.0] * len(windows)
-        for group in micro_batches([len(window) for window in windows], self.micro_tokens):
-            for _, equal in itertools.groupby(group, key=lambda i: len(windows[i])):
-                places = list(equal)
-                ids_BT = torch.tensor([windows[i] for i in places], device=self.model.device)
-                with torch.no_grad():
-                    output = self.model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT))
-                    logits_BL = output.logits.double()
-                for i, logits, score in zip(places, logits_BL.tolist(), self._activated(logits_BL), strict=True):
-                    if not all(map(math.isfinite, logits)):
-                        raise TrainingError(f"{self.spec.path}: the logits of text {owners[i]} are {logits}")
-                    scores[i] = score
+        for places in equal_lengths([len(window) for window in windows], self.micro_tokens):
+            ids_BT = torch.tensor([windows[i] for i in places], device=self.model.device)
+            with torch.no_grad():
+                logits_BL = self.model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).logits.double()
+            for i, logits, score in zip(places, logits_BL.tolist(), self._activated(logits_BL), strict=True):
+                if not all(map(math.isfinite, logits)):
+                    raise TrainingError(f"{self.spec.path}: the logits of text {owners[i]} are {logits}")
+                scores[i] = score
         return scores
 
     def _activated(self, logits_BL: Any) -> list[float]:

@@ -11,7 +11,7 @@ from classifier_toys import decoder, encoder, plain_logits
 from safetensors.torch import load_file, save_file
 
 from reward_models.classifier import ClassifierReward
-from rlhf.classifier import Classifier, ClassifierSpec, spans
+from rlhf.classifier import Classifier, ClassifierSpec, equal_lengths, spans
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.rewards import build_reward, check_reward, checked_scores
 
@@ -65,6 +65,11 @@ def test_sigmoid_of_one_of_six_labels(tmp_path: Path) -> None:
 )
 def test_windows_leave_no_token_out(length: int, size: int, stride: int, expected: list[tuple[int, int]]) -> None:
     assert spans(length, size, stride) == expected
+
+
+def test_a_forward_pass_holds_windows_of_one_length() -> None:
+    """Into ten tokens go two rows of five, or three of three; eleven go alone."""
+    assert list(equal_lengths([3, 5, 3, 11, 3, 5, 3], 10)) == [[3], [1, 5], [0, 2, 4], [6]]
 
 
 def test_the_score_is_that_of_the_worst_window(tmp_path: Path) -> None:
