@@ -51,7 +51,8 @@ class ClassifierReward(ClassifierSpec):
 
     def check(self, key: str) -> int:
         """As that of ClassifierSpec, with the reward's own options."""
-        if not math.isfinite(self.scale) or self.scale == 0:
+        scale = self.scale if isinstance(self.scale, int | float) else math.nan
+        if isinstance(scale, bool) or not math.isfinite(scale) or scale == 0:
             raise ConfigError(f"{key}.scale={self.scale}: must be a number other than 0")
         _check_template(self.template, f"{key}.template")
         return super().check(key)

@@ -271,6 +271,7 @@ def test_a_reward_that_is_broken_names_the_row(tmp_path: Path) -> None:
         ({"path": ""}, r"reward\.path"),
         ({"scale": 0.0}, r"reward\.scale=0"),
         ({"scale": float("nan")}, r"reward\.scale=nan"),
+        ({"scale": "minus"}, r"reward\.scale=minus"),
         ({"template": "{prompt}"}, r"reward\.template: .* must hold \{response\}"),
         ({"template": "{response} {row}"}, r"reward\.template"),
         ({"template": "{response!r}"}, r"reward\.template"),

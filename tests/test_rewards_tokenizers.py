@@ -69,9 +69,9 @@ def test_ppo_reads_the_scores_that_the_reward_model_gives_alone(made: Any, tmp_p
     rows = lines(tmp_path / "ppo" / "samples.jsonl")
     assert len(rows) == 12 and len({row["reward"] for row in rows}) > 4
     for row in rows:
-        ids = tokenizer(written(row["prompt"], row["response"]), add_special_tokens=False, return_tensors="pt")
+        ids = tokenizer(written(row["prompt"], row["response"]), add_special_tokens=False)["input_ids"]
         with torch.no_grad():
-            alone = model.score(model.model(**ids).last_hidden_state[0, -1])
+            alone = model.score(model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1])
         assert row["reward"] == pytest.approx(float(alone), abs=1e-5), row
 
 
