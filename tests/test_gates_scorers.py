@@ -120,8 +120,8 @@ def test_long_innocent_text_is_scored_quickly_and_correctly():
     assert Lexicon(["ass", "numpty"]).score([text]) == [0.0]
 
 
-def classifier(path, **options):
-    return ScorerConfig(**{"kind": "classifier", "path": str(path), "label": 1, "activation": "softmax", **options})
+def classifier(folder, **options):
+    return ScorerConfig(**{"kind": "classifier", "path": str(folder), "label": 1, "activation": "softmax", **options})
 
 
 def write_canaries(folder, toxic, clean):
@@ -163,7 +163,7 @@ def test_a_classifier_that_cannot_be_trusted_is_invalid(tmp_path, logits, option
 @pytest.mark.parametrize(
     ("options", "key"),
     [
-        ({"kind": "clasifier"}, r"gate\.scorer\.kind: must be lexicon or classifier"),
+        ({"kind": "clasifier"}, r"gate\.scorer\.kind: no scorer of kind 'clasifier'; there are lexicon, classifier"),
         (
             {"path": None, "label": None, "activation": None},
             r"gate\.scorer\.path, gate\.scorer\.label, gate\.scorer\.act",

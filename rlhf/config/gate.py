@@ -53,7 +53,8 @@ class ScorerConfig:
     min_specificity: float = 0.8
 
     def check(self, key: str) -> None:
-        require(self.kind in SCORER_OPTIONS, f"{key}.kind", f"must be {' or '.join(SCORER_OPTIONS)}, not {self.kind!r}")
+        known = ", ".join(SCORER_OPTIONS)
+        require(self.kind in SCORER_OPTIONS, f"{key}.kind", f"no scorer of kind {self.kind!r}; there are {known}")
         foreign = [(name, kind) for kind, names in SCORER_OPTIONS.items() for name in names
                    if kind != self.kind and getattr(self, name) is not None]  # fmt: skip
         for name, kind in foreign:
