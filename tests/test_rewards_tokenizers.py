@@ -98,6 +98,7 @@ print("FOUND" + json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_scores_as_the_model_that_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Full, merged LoRA and the adapter on its base; the base's pad token is its end token, which the export mends."""
     base = tiny_base(tmp_path / "base", pad="<eos>")
