@@ -154,8 +154,10 @@ def test_each_half_is_scaled_by_the_temperature_of_the_other() -> None:
     assert found["nll_scaled"] == pytest.approx(expected)
     with pytest.raises(NotMeasured):
         sections.cross_fitted(strict([pair(RIGHT) for _ in range(4)]))
-    with pytest.raises(NotMeasured, match="all pairs are ordered rightly"):
+    with pytest.raises(NotMeasured, match="are ordered rightly"):
         sections.temperature(strict([pair(RIGHT) for _ in range(4)]))
+    with pytest.raises(NotMeasured, match="no better than chance"):
+        sections.temperature(strict([pair(RIGHT), pair(WRONG)]))
 
 
 # ---- length

@@ -121,8 +121,9 @@ def temperature(strict: Sequence[Pair]) -> Json:
     fitted = fit_temperature(margins, weights)
     if fitted is None:
         raise NotMeasured(
-            "no positive temperature has the highest likelihood: all pairs are ordered rightly, or the rewards are no "
-            "better than chance"
+            "all strict pairs are ordered rightly, so the likelihood grows for ever as the temperature falls"
+            if strict and min(margins) >= 0
+            else "the rewards are no better than chance, so the likelihood grows for ever as the temperature rises"
         )
     return {"temperature": fitted, "nll": pair_nll(margins, weights), "nll_scaled": pair_nll(margins, weights, fitted)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -149,7 +150,7 @@ def table(report: Json) -> Table:
     for group in ("by_subset", "by_file", "by_annotator"):
         named = accuracy[group] or {}
         for name, part in list(named.items())[:8] if len(named) > 1 else []:
-            line(f"  {name}", part)
+            line(f"  {Path(name).name if group == 'by_file' else name}", part)
     line("  preferred is longer", length["preferred_is_longer"])
     line("  preferred is shorter", length["preferred_is_shorter"])
     line(f"length alone ({(baselines['length'] or {}).get('rule', '')})", baselines["length"])
