@@ -56,6 +56,14 @@ MALFORMED = {
     "missing in the first row": (b'{"prompt": "a", "ranks": [1, 2]}', r"r.jsonl:1: field `responses` is missing"),
     "wrong length": (json.dumps(ranking(0, ranks=[1])).encode(), "`ranks` has 1 entries for 2 responses"),
     "NaN rank": (b'{"prompt": "a", "responses": ["b", "c"], "ranks": [1, NaN]}', r"ranks\[1\] .* not NaN"),
+    "a boolean rank": (
+        GOOD + b'\n{"prompt": "a", "responses": ["b", "c"], "ranks": [1, true]}',
+        r"r.jsonl:2: ranks\[1\] must be a whole number .* not bool True",
+    ),
+    "a boolean annotator": (
+        GOOD + b'\n{"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2], "annotator": false}',
+        r"r.jsonl:2: field `annotator` must be text or a whole number, not bool False",
+    ),
     "no known format": (b'{"x": 1}', "r.jsonl:1: is no ranking in any known format: it has the fields x"),
     "a number": (b"3", "is no ranking in any known format: it has no fields"),
 }
@@ -130,6 +138,24 @@ def test_all_tied_rankings_are_kept_and_counted(tmp_path: Path) -> None:
     rows = [ranking(i, ranks=[1, 1] if i < 4 else [2, 1]) for i in range(60)]
     loaded = load_rankings(config(rankings=jsonl(tmp_path / "r.jsonl", rows)), 0)
     assert (loaded.report.total("tied"), loaded.report.total("kept")) == (4, 60)
+
+
+def test_rankings_that_come_again_are_kept_counted_and_named(tmp_path: Path) -> None:
+    """The same responses to the same prompt: once more as it is, the other way round, in the other order, with another
+    annotator (who is no repetition), and with other responses."""
+    rows = [ranking(i) for i in range(60)]
+    rows[10] = ranking(3)
+    rows[20] = ranking(3, ranks=[2, 1])
+    rows[30] = ranking(3, responses=["no ", "yes"])
+    rows[40], rows[41] = ranking(3, annotator="anna"), ranking(3, annotator="anna", ranks=[1, 1])
+    rows[50] = ranking(3, responses=["yes", "perhaps"])
+    path = jsonl(tmp_path / "r.jsonl", rows)
+    report = load_rankings(config(rankings=path), 0).report
+    (file,) = report.to_json()["files"]
+    assert (file["repeated"], file["kept"], file["tied"], file["dropped"]) == (4, 60, 1, {})
+    assert file["samples"] == {"repeated ranking": [f"{path}:{line}" for line in (11, 21, 31, 42)]}
+    assert "4 rank the same again" in report.summary()
+    check_dirty(report, config(rankings=path))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv", "parquet"])
@@ -248,6 +274,7 @@ def need(folder: str) -> Path:
 def test_hh_counts_agree_with_a_count_by_hand() -> None:
     folder = need("hh-rlhf")
     counted: Counter[str] = Counter()
+    said: Counter[tuple[str, ...]] = Counter()
     for path in folder.glob("*.gz"):
         for line in gzip.decompress(path.read_bytes()).decode().strip().split("\n"):
             row = json.loads(line)
@@ -260,10 +287,13 @@ def test_hh_counts_agree_with_a_count_by_hand() -> None:
                 counted["identical responses"] += 1
             elif "\n\nAssistant:" in head[head.rfind("\n\nHuman:") :]:
                 counted["reply to no question"] += 1
+            else:
+                said[head.strip(), *sorted((good.strip(), bad.strip()))] += 1
     loaded = load_rankings(config(rankings=folder), 0)
     assert loaded.report.total("rows") == 3466
     assert loaded.report.dropped == counted
     assert min(counted.values()) > 0
+    assert loaded.report.total("repeated") == sum(said.values()) - len(said)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from rlhf.config import DataConfig, Intransitive, SourceConfig
 from rlhf.data.files import Table, read_source
 from rlhf.data.formats import FORMATS, Format
 from rlhf.data.report import DataReport, FileReport
-from rlhf.data.rows import Contradiction, Dirty, Kind, Malformed, Parsed, text_of
+from rlhf.data.rows import REPEATED, Contradiction, Dirty, Kind, Malformed, Parsed, text_of
 from rlhf.errors import ConfigError, DataError
 from rlhf.types import Demonstration, Messages, Prompt, Ranking
 
@@ -141,10 +141,22 @@ def _read_rows(data: DataConfig, name: str, kind: Kind, seed: int) -> tuple[list
         raise DataError(f"{key}: no row is left; dropped: {dict(report.dropped)}")
     if source.limit is not None:
         kept = _limit(kept, source.limit, seed, report)
-    for row in kept:
-        if isinstance(row, Ranking) and len({rank for rank in row.ranks if rank is not None}) == 1:
-            report.of(row.prompt.where).tied += 1
+    _note_rankings([row for row in kept if isinstance(row, Ranking)], report)
     return kept, report
+
+
+def _note_rankings(rankings: list[Ranking], report: DataReport) -> None:
+    """Count the kept rankings that say nothing but ties, and those that rank the same again, which are named: a pair
+    that a file holds twice weighs twice, and one that it holds both ways round cancels."""
+    known: set[tuple[str, frozenset[str], str | None]] = set()
+    for row in rankings:
+        file = report.of(row.prompt.where)
+        file.tied += len({rank for rank in row.ranks if rank is not None}) == 1
+        key = prompt_key(row.prompt.messages), frozenset(text.strip() for text in row.responses), row.annotator
+        if key in known:
+            file.repeated += 1
+            file.note(REPEATED, row.prompt.where)
+        known.add(key)
 
 
 def _choose(name: str, table: Table, kind: Kind, key: str) -> Format:

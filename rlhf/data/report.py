@@ -25,6 +25,7 @@ class FileReport:
     merged: int = 0  # prompts only: the same prompt again, which counts once
     unused: int = 0  # beyond `limit`
     tied: int = 0  # kept rankings whose ranked responses all tie
+    repeated: int = 0  # kept rankings of the same responses to the same prompt by the same annotator as an earlier one
     intransitive: int = 0  # kept rankings of rows whose comparisons contradict each other (data.intransitive=keep)
     cut: int = 0  # prompts shortened under data.on_overlong=truncate_prompt
     dropped: Counter[str] = field(default_factory=Counter)  # dirty rows by kind
@@ -92,6 +93,7 @@ class DataReport:
             "overlong": "over-long",
             "cut": "cut",
             "tied": "all tied",
+            "repeated": "rank the same again",
             "intransitive": "intransitive kept",
             "merged": "repeated",
             "unused": "unused",

@@ -15,6 +15,7 @@ Parsed = Demonstration | Ranking | Prompt
 EMPTY_REPLY, EMPTY_PROMPT, NO_QUESTION = "empty reply", "empty prompt", "reply to no question"
 IDENTICAL, MISMATCH, NO_LABEL = "identical responses", "prompt mismatch", "no label"
 INTRANSITIVE = "intransitive"
+REPEATED = "repeated ranking"  # not dirt: kept, counted and named
 _ROLES = ("system", "user", "assistant")
 
 
