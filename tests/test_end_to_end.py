@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from report_schema import check_schema
 from runs import ANSWERS, ROOT, STAGES, TINY, digests, lines, read_json, rlhf, words, write_data
 
 CODES = {"FAIL": 10, "INCONCLUSIVE": 11, "INVALID": 12}
@@ -62,6 +63,7 @@ def test_every_stage_left_its_files(done: Done) -> None:
             if name in parents:
                 assert manifest["parents"][name] == parents[name]
         parents[stage] = manifest["digest"]
+    check_schema(read_json(done.run / "rm" / "report.json"))
     events = [(record["event"], record.get("stage")) for record in lines(done.run / "ledger.jsonl")]
     assert [stage for event, stage in events if event == "finished"] == list(STAGES)
     assert [stage for event, stage in events if event == "verdict"] == list(STAGES)

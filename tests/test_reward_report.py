@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from report_schema import PARTS, check_schema, read
-from supervised_toys import make_config, make_context, tiny_base
+from report_schema import check_schema, read
+from supervised_toys import make_config, make_context, make_tokenizer, tiny_base
 
-from rlhf.errors import Preempted
-from rlhf.reward_report import comparing, sections
+from rlhf.errors import Preempted, TrainingError
+from rlhf.render import Renderer
+from rlhf.reward_report import comparing, sections, write
 from rlhf.reward_report.pairs import Judged, NotMeasured, Pair, draw, pairs_of, rate
-from rlhf.reward_report.write import build
 from rlhf.types import Prompt, Ranking
 from stages import rm
 
@@ -318,7 +319,7 @@ def test_texts_are_cut_for_display_alone() -> None:
 def verdict_of(model: list[list[float]], lengths: list[list[int]]) -> Any:
     rows = [pair(r, lengths=n, words=[0.0, 0.0]) for r, n in zip(model, lengths, strict=True)]
     train = [pair(RIGHT, responses=["c c", "d"]).ranking]
-    return build(rows, train, [[2, 1]], 0)["verdict"]
+    return write.build(rows, train, [[2, 1]], 0)["verdict"]
 
 
 def test_the_verdict_says_what_cannot_be_told_apart() -> None:
@@ -358,8 +359,32 @@ def test_the_stage_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (tmp_path / "b" / "report.json").read_bytes() == (tmp_path / "a" / "report.json").read_bytes()
 
 
+def test_baselines_never_see_the_held_out_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training "w1" and the longer answer win, held out "w2" and the shorter one: both baselines are always wrong.
+    The model, which is replaced by a constant, is so too."""
+    monkeypatch.setattr(write, "score_ids", lambda model, ids, tokens: [0.5] * len(ids))
+    train = [pair(RIGHT, responses=["w1 w3", "w2"]).ranking for _ in range(8)]
+    held = [pair(RIGHT, responses=["w2", "w1 w1"]).ranking for _ in range(8)]
+    context: Any = SimpleNamespace(
+        stage="rm", folder=tmp_path, data=SimpleNamespace(rankings=SimpleNamespace(heldout=held))
+    )
+    report = write.write_report(context, None, Renderer(make_tokenizer()), train, 0)
+    assert report == read(tmp_path / "report.json")
+    assert [report["baselines"][key]["right"] for key in ("length", "bag_of_words")] == [0, 0]
+    assert report["baselines"]["length"]["rule"] == "longer is better" and report["length"]["same"] is None
+    assert (report["accuracy"]["overall"]["right"], report["calibration"]["brier"]) == (0, 0.0)
+    assert "differ both in length and in reward" in report["missing"]["length.correlation"]
+
+
+def test_a_reward_that_is_no_number_names_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "score_ids", lambda model, ids, tokens: [0.0, float("nan")])
+    row = pair(RIGHT, responses=["w1", "w2"]).ranking
+    with pytest.raises(TrainingError, match=rf"{row.prompt.where}: the reward model scores a response with .*nan"):
+        write.judge(None, Renderer(make_tokenizer()), [row], None)
+
+
 def test_a_report_without_any_strict_pair_is_all_reasons() -> None:
-    report = build([judged([1.0, 2.0], [1, 1])], [judged([1.0, 2.0], [1, 1]).ranking], [[1, 1]], 0)
+    report = write.build([judged([1.0, 2.0], [1, 1])], [judged([1.0, 2.0], [1, 1]).ranking], [[1, 1]], 0)
     check_schema(report)
     assert all(part is None for part in report["accuracy"].values()) and report["verdict"] is None
     assert set(report["missing"]) >= {"calibration", "baselines.length", "baselines.bag_of_words", "verdict", "ties"}

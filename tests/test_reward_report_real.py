@@ -29,7 +29,7 @@ def test_the_pocket_model_reports_what_it_cannot_do(name: str, shared: Path, tmp
     pocket = shared / "models" / "pocket"
     chosen = [argument.format(data=shared / "data") for argument in DATA[name]]
     done = rlhf(*SMALL, *chosen, f"model.path={pocket}", f"sft.artifact={pocket}", f"run.root={tmp_path}", cwd=tmp_path)
-    assert done.returncode in (0, 10, 11), done.stderr
+    assert done.returncode in (10, 11, 12), done.stderr  # no gate can pass on eight prompts
     report = read(tmp_path / "real" / "rm" / "report.json")
     check_schema(report)
     rows, accuracy, verdict = report["rows"], report["accuracy"]["overall"], report["verdict"]
@@ -50,7 +50,7 @@ def test_the_pocket_model_reports_what_it_cannot_do(name: str, shared: Path, tmp
 
     assert "names its `annotator`" in report["missing"]["agreement.pairs"]
     if name == "qa":  # four answers a question, with many ties
-        assert rows["tied_pairs"] > 20 and report["ties"]["pairs"] == rows["tied_pairs"]
+        assert rows["tied_pairs"] >= 10 and report["ties"]["pairs"] == rows["tied_pairs"]
         assert len(report["accuracy"]["by_rank_distance"]) >= 2
     else:
         assert rows["strict_pairs"] == rows["rankings"] and "tied" in report["missing"]["ties"]
