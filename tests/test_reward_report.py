@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from report_schema import check_schema, read
 from supervised_toys import make_config, make_context, make_tokenizer, tiny_base
@@ -14,6 +15,7 @@ from supervised_toys import make_config, make_context, make_tokenizer, tiny_base
 from rlhf.errors import Preempted, TrainingError
 from rlhf.render import Renderer
 from rlhf.reward_report import comparing, sections, write
+from rlhf.reward_report.calibration import calibrated_errors
 from rlhf.reward_report.pairs import Judged, NotMeasured, Pair, draw, pairs_of, rate
 from rlhf.types import Prompt, Ranking
 from stages import rm
@@ -132,6 +134,8 @@ def test_a_model_too_sure_is_distinguishable_from_a_calibrated_one() -> None:
         p = 3**scale / (3**scale + 1)
         assert found["brier"] == pytest.approx(0.75 * (1 - p) ** 2 + 0.25 * p**2)
         assert found["error"] == pytest.approx(abs(0.75 - p)) and found["prompts"] == 200
+        null = sorted(calibrated_errors(np.full(200, p), 0))  # of the probabilities that the model gives, not of rates
+        assert found["error_if_calibrated_q95"] == pytest.approx(null[1900])  # of 2,000: place .95 * 1,999 = 1,899.05
         assert len(found["bins"]) == 10 and all(part["right"] == 15 for part in found["bins"])
         fitted = sections.temperature(rows)
         assert fitted["temperature"] == pytest.approx(scale)
@@ -363,7 +367,7 @@ def test_baselines_never_see_the_held_out_rows(tmp_path: Path, monkeypatch: pyte
     """In training "w1" and the longer answer win, held out "w2" and the shorter one: both baselines are always wrong.
     The model, which is replaced by a constant, is so too."""
     monkeypatch.setattr(write, "score_ids", lambda model, ids, tokens: [0.5] * len(ids))
-    train = [pair(RIGHT, responses=["w1 w3", "w2"]).ranking for _ in range(8)]
+    train = [pair(RIGHT, responses=[f"w1 w{4 + i % 2} w7", f"w2 w{6 + i % 2}"]).ranking for i in range(8)]
     held = [pair(RIGHT, responses=["w2", "w1 w1"]).ranking for _ in range(8)]
     context: Any = SimpleNamespace(
         stage="rm", folder=tmp_path, data=SimpleNamespace(rankings=SimpleNamespace(heldout=held))
