@@ -1,6 +1,7 @@
 """Several reward models that judge together, and are trusted less where they disagree.
 
-    python -m rlhf stage=ppo reward=ensemble reward.k=1 \\
+    python -m rlhf rm.members=3 reward=ensemble reward.k=2
+    python -m rlhf stage=ppo reward=ensemble \\
         +reward.members.a._target_=reward_models.trained.TrainedReward +reward.members.a.artifact=runs/a/rm/model ...
 
 Each member is normalised with the mean and std that its artifact stores; what stores none is taken as it is. The mean
@@ -23,7 +24,8 @@ from rlhf.rewards import build_reward, part_scores
 class Ensemble:
     """mean - k * std over M members, std = sqrt(sum of squared deviations / M); or the least of them.
 
-    members: by name, at least two nodes like `reward`. mode: mean or worst. k: at least 0, of mode=mean alone.
+    members: by name, at least two nodes like `reward`; PPO puts in those of the run where none is named.
+    mode: mean or worst. k: at least 0, of mode=mean alone.
     artifact: the reward model of a member that names none; PPO gives that of the run.
     trust_remote_code, shared_base: given by PPO, for the members that take them.
     """

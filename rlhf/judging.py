@@ -18,7 +18,9 @@ from rlhf.errors import GateError, LineageError
 from rlhf.gates import GateRequest, judge, message, policy_digest, verdict_table
 from rlhf.gates.verdict import ERRORS
 from rlhf.ledger import Ledger
-from rlhf.manifest import VERDICT, describe_environment, model_folder, read_manifest, write_config
+from rlhf.manifest import VERDICT, describe_environment, model_folder, read_manifest, reward_digests, write_config
+from rlhf.members import holdout_of
+from rlhf.rewards import judging_ensemble
 from rlhf.rundir import RunDir
 
 
@@ -126,7 +128,11 @@ def _evidence_digest(request: GateRequest) -> str:
     rows: list[Any] = [*request.prompts, *request.rankings, *request.demonstrations]
     plain = [without_place(dataclasses.asdict(row)) for row in rows]
     parents = {name: folder_digest(Path(path)) for name, path in sorted(request.parents.items()) if Path(path).is_dir()}
-    return sha256_text(lenient([plain, request.reference_text, request.seed, request.max_new_tokens, parents]))
+    seen = [plain, request.reference_text, request.seed, request.max_new_tokens, parents]
+    if request.reward is not None:  # by what its members are, not by where they lie
+        options = {key: value for key, value in request.reward.items() if key != "members"}
+        seen.append([options, sorted(reward_digests(request.reward).values())])
+    return sha256_text(lenient(seen))
 
 
 def without_place(value: Any) -> Any:
@@ -146,8 +152,19 @@ def _request(run: RunDir, stage: str, manifest: dict[str, Any]) -> GateRequest:
     for name in STAGES[: STAGES.index(stage)]:
         if read_manifest(run.folder(name)) is not None:
             parents[name] = run.model(name)
+    model = model_folder(run.dir / stage, manifest)
+    reward = None
+    if stage == "rm":
+        reward = judging_ensemble(cfg.reward, model, manifest.get("extra", {}))
+    elif "rm" in parents:
+        extra = (read_manifest(run.folder("rm")) or {}).get("extra", {})
+        held_back = holdout_of(parents["rm"], extra)
+        if held_back is not None:  # what PPO was not paid by says more about it than what it was
+            parents["rm"] = held_back
+        else:
+            reward = judging_ensemble(cfg.reward, parents["rm"], extra)
     return GateRequest(
-        stage=stage, model=model_folder(run.dir / stage, manifest), digest=manifest["digest"], parents=parents,
+        stage=stage, model=model, reward=reward, digest=manifest["digest"], parents=parents,
         prompts=data.gate_prompts, rankings=heldout,
         demonstrations=data.demonstrations.heldout if data.demonstrations else [],
         reference_text=data.reference_text, policy=cfg.gate, model_config=cfg.model, ppo=cfg.ppo, seed=cfg.seed,

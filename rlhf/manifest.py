@@ -142,12 +142,24 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return dict(manifest)
 
 
+def artifact_digest(model: Path, extra: dict[str, Any]) -> str:
+    """The digest of what a stage made: of its model folder, or of that and the reward models beside it, which `extra`
+    names with their digests."""
+    own, beside = folder_digest(model), extra.get("members")
+    if not beside:
+        return own
+    return sha256_text(canonical({"model": own, **{name: member["digest"] for name, member in beside.items()}}))
+
+
 def check_intact(folder: Path, manifest: dict[str, Any], mend: str) -> None:
     """Raise LineageError unless the artifact's files are those of the manifest."""
     model = model_folder(folder, manifest)
     if not model.is_dir():
         raise LineageError(f"{model}: the model of {manifest['stage']} is gone; {mend}")
-    if folder_digest(model) != manifest["digest"]:
+    extra = manifest.get("extra", {})
+    for name, member in extra.get("members", {}).items():
+        check_intact(folder / name, member, mend)
+    if artifact_digest(model, extra) != manifest["digest"]:
         raise LineageError(f"{model}: its files are not those that {folder / MANIFEST} describes (altered); {mend}")
 
 

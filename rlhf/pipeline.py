@@ -24,7 +24,7 @@ from rlhf.artifacts import (
 from rlhf.config import STAGES, Config, GateMode, stage_config
 from rlhf.console import say
 from rlhf.context import Context
-from rlhf.errors import ConfigError, LineageError, Preempted, TrainingError
+from rlhf.errors import ConfigError, LineageError, Preempted
 from rlhf.gates.policy import checks_of, kind_of
 from rlhf.inputs import SOURCES
 from rlhf.judging import Judgement, check_verdict, judge_stage
@@ -32,6 +32,7 @@ from rlhf.manifest import (
     MANIFEST,
     SCHEMA,
     STARTED,
+    artifact_digest,
     check_intact,
     describe_environment,
     differences,
@@ -42,9 +43,10 @@ from rlhf.manifest import (
     stage_inputs,
     write_config,
 )
+from rlhf.members import HOLDOUT, MEMBERS, fold_numbers, members_of
 from rlhf.models import check_positions
 from rlhf.ppo.engines import check_engine
-from rlhf.rewards import check_reward, holdout_node, takes_reward_model
+from rlhf.rewards import check_ensemble, check_reward, holdout_node, takes_reward_model
 from rlhf.rundir import RunDir, local_model, mend
 from rlhf.sampling import sample_rankings
 from rlhf.signals import checkpointing, stop_asked
@@ -132,6 +134,7 @@ class Run(RunDir):
             check_positions(self.base(), self.cfg.model, self.cfg.data.max_length)
         if "ppo" in trained:
             check_reward(self.cfg.reward, self.dir / "rm" / "model")
+            check_ensemble(self.cfg.reward, self.reward_models(to_train="rm" in trained)[0])
             self._check_gate_has_rewards()
             check_engine(self.cfg.rollout)
             if self.cfg.ppo.holdout is not None:
@@ -143,6 +146,15 @@ class Run(RunDir):
             getattr(self.inputs(stage), SOURCES[stage])
         for stage in trained:
             self.inputs(stage).for_stage(stage)
+        if "rm" in trained:
+            fold_numbers(self.inputs("rm").rankings.train, self.cfg.rm.fold_count)
+
+    def reward_models(self, *, to_train: bool) -> tuple[int, bool]:
+        """How many PPO has to be paid by, and whether there is a holdout: as rm will be trained, or as it is there."""
+        rm, manifest = self.cfg.rm, read_manifest(self.folder("rm"))
+        if to_train or manifest is None or rm.artifact:
+            return rm.members, rm.holdout
+        return 1 + len(members_of(manifest["extra"])), HOLDOUT in manifest["extra"].get(MEMBERS, {})
 
     def _check_gate_has_rewards(self) -> None:
         """ConfigError if a check that decides about PPO compares by the run's reward model and there is none."""
@@ -307,13 +319,10 @@ class Run(RunDir):
                 ))  # fmt: skip
         finally:
             tracker.finish()
-        if result.updates < result.planned_updates and result.stop_reason == "finished":
-            raise TrainingError(
-                f"{stage}: ended after {result.updates} of {result.planned_updates} updates without a reason"
-            )
+        result.check_complete(stage)
         renderer = self.inputs(stage).renderer
         manifest |= {
-            "digest": folder_digest(folder / "model"), "metrics": result.metrics, "extra": result.extra,
+            "digest": artifact_digest(folder / "model", result.extra), "metrics": result.metrics, "extra": result.extra,
             "stop_reason": result.stop_reason, "updates": result.updates, "planned_updates": result.planned_updates,
             "tokenizer": {"digest": renderer.digest, "eos_id": renderer.eos_id, "pad_id": renderer.pad_id},
             "data_report": self._data_report(stage), "environment": describe_environment(), "finished": now(),

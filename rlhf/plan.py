@@ -105,9 +105,10 @@ def _batches(cfg: Config) -> Table:
         table.add_column(column, overflow="fold")
     for stage, unit in (("sft", "rows"), ("rm", "prompts")):
         optim = getattr(cfg, stage).optim
+        several = f", {cfg.rm.models} reward models" if stage == "rm" and cfg.rm.models > 1 else ""
         table.add_row(
             stage, f"{optim.batch} {unit}", f"{optim.batch // optim.micro_batch} × {optim.micro_batch}",
-            f"{optim.epochs:g} epochs",
+            f"{optim.epochs:g} epochs{several}",
         )  # fmt: skip
     ppo = cfg.ppo
     steps = ppo.epochs * ppo.batch // ppo.minibatch
@@ -143,6 +144,9 @@ def role_sizes(run: Run) -> list[tuple[str, int, int]]:
     cfg, base = run.cfg, sum(p.numel() for p in _skeleton(run).parameters())
     sizes = []
     scored = "rm" in run.parents_of("ppo")  # by a reward model of the run
+    members, holdout = run.reward_models(to_train=False)
+    models = members + holdout
+    last = "ppo reward" if models == 1 else f"ppo reward × {models}"
     for stage in ("sft", "rm") if scored else ("sft",):
         lora = getattr(cfg, stage).lora
         trained = _adapter(run, lora) if lora.enabled else base
@@ -150,14 +154,14 @@ def role_sizes(run: Run) -> list[tuple[str, int, int]]:
     if not cfg.ppo.lora.enabled:
         trains = ["ppo policy", "ppo critic"] if cfg.ppo.has_critic else ["ppo policy"]
         sizes += [*((role, base, base) for role in trains), ("ppo reference", base, 0)]
-        return [*sizes, ("ppo reward", base, 0)] if scored else sizes
+        return [*sizes, (last, models * base, 0)] if scored else sizes
     policy, shared = _adapter(run, cfg.ppo.lora), scored and cfg.rm.lora.enabled and cfg.rm.artifact is None
     reward = _adapter(run, cfg.rm.lora) if shared else base
     critic = reward if shared and cfg.ppo.critic_init is CriticInit.reward else policy
     sizes += [("ppo shared base", base, 0), ("ppo policy", policy, policy)]
     sizes += [("ppo critic", critic, critic)] if cfg.ppo.has_critic else []
     sizes += [("ppo reference", 0, 0)]
-    return [*sizes, ("ppo reward", reward, 0)] if scored else sizes
+    return [*sizes, (last, models * reward, 0)] if scored else sizes
 
 
 def _memory(run: Run) -> Table:

@@ -11,11 +11,14 @@ from typing import Any
 
 from rlhf.artifacts import read_json
 from rlhf.errors import ConfigError, TrainingError
+from rlhf.members import members_of
 from rlhf.plugins import check_arguments, find
 from rlhf.types import Reward
 
 Score = float | list[float]
 SCALE = frozenset({"mean", "std"})  # of the scores: what PPO normalises with
+TRAINED = "reward_models.trained.TrainedReward"
+ENSEMBLE = "reward_models.ensemble.Ensemble"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -76,6 +79,7 @@ def build_reward(
     shared_base: what PPO's roles share with LoRA, for a class that takes an argument of this name.
     trust_remote_code: of the run's models, likewise; a node that gives it itself decides.
     """
+    node = fill_members(node, model, extra or {})
     arguments = check_reward(node, model, key)
     target = find(node, key)
     offered = {"shared_base": shared_base, "trust_remote_code": trust_remote_code or None}
@@ -102,6 +106,51 @@ def build_reward(
             "another, train the reward model again or set ppo.normalize_reward=false"
         )
     return BuiltReward(reward=reward, mean=float(mean), std=float(std))
+
+
+def names_no_members(node: Any) -> bool:
+    """True for an ensemble that is to be the run's own members."""
+    return isinstance(node, Mapping) and node.get("_target_") == ENSEMBLE and not node.get("members")
+
+
+def fill_members(node: Any, model: Path | None, extra: Mapping[str, Any]) -> Any:
+    """A `reward` node with the run's members put in, at any depth: into an ensemble that names none, and where the
+    run's reward model stands, which is the ensemble of them. Unchanged where the run has a single reward model."""
+    others = members_of(extra)
+    if model is None or not others:
+        return node
+    if isinstance(node, list):
+        return [fill_members(item, model, extra) for item in node]
+    if not isinstance(node, dict):
+        return node
+    members = {"model": model, **{name.replace("s/", "_"): model.parent / name / "model" for name in others}}
+    if names_no_members(node):
+        given = {name: {"_target_": TRAINED, "artifact": str(path)} for name, path in members.items()}
+        return {**node, "members": given}
+    if node.get("_target_") == TRAINED and not node.get("artifact"):
+        options = {key: value for key, value in node.items() if key != "weight"}
+        given = {name: {**options, "artifact": str(path)} for name, path in members.items()}
+        # What a weighted sum says of a part stays outside.
+        return {key: node[key] for key in node if key == "weight"} | {"_target_": ENSEMBLE, "members": given}
+    return {key: fill_members(item, model, extra) for key, item in node.items()}
+
+
+def judging_ensemble(node: Any, model: Path, extra: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a gate takes for the reward where the run has several: the ensemble of its members as `reward` has it, or
+    with the defaults where `reward` is something else. None where the run has a single reward model."""
+    if not members_of(extra):
+        return None
+    filled: dict[str, Any] = fill_members(node if names_no_members(node) else {"_target_": ENSEMBLE}, model, extra)
+    return filled
+
+
+def check_ensemble(node: Any, count: int) -> None:
+    """ConfigError if `reward` is an ensemble without members and the run has no others than one reward model."""
+    if names_no_members(node) and count < 2:
+        raise ConfigError(
+            "reward.members: names none, and the run has a single reward model: rm.members=3 trains three, "
+            "+reward.members.<name>.artifact=... with its _target_ takes others"
+        )
 
 
 def _stored(artifact: Any, model: Path | None, extra: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -134,7 +183,7 @@ def part_scores(
 
 def holdout_node(spec: Any) -> Any:
     """ppo.holdout as a node like `reward`: the folder of a reward model stands for one that is trained."""
-    return {"_target_": "reward_models.trained.TrainedReward", "artifact": spec} if isinstance(spec, str) else spec
+    return {"_target_": TRAINED, "artifact": spec} if isinstance(spec, str) else spec
 
 
 def checked_scores(

@@ -71,6 +71,7 @@ class WandbTracker:
         self._run = wandb.init(
             project=cfg.project, group=names["group"], name=f"{names['group']}/{names['stage']}",
             id=sha256_text(names["folder"])[7:23], resume="allow", mode=cfg.mode.value, config=config,
+            reinit="create_new",  # a stage may have more than one at a time: reward models beside the first
             dir=names["folder"], settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
         )  # fmt: skip
         self._replayed = False

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlhf.errors import TrainingError
+
 Messages = list[dict[str, str]]
 
 
@@ -89,3 +91,10 @@ class StageResult:
     updates: int
     planned_updates: int
     extra: dict[str, Any] = field(default_factory=dict)  # rm: {"reward_mean", "reward_std"}
+
+    def check_complete(self, name: str) -> None:
+        """TrainingError if it ended before its last update without saying why."""
+        if self.updates < self.planned_updates and self.stop_reason == "finished":
+            raise TrainingError(
+                f"{name}: ended after {self.updates} of {self.planned_updates} updates without a reason"
+            )

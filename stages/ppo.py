@@ -22,6 +22,7 @@ from rlhf.console import progress as progress_bar
 from rlhf.console import say
 from rlhf.context import Context
 from rlhf.errors import DataError, Preempted, TrainingError
+from rlhf.members import holdout_of, members_of
 from rlhf.ppo import checkpoint, watch
 from rlhf.ppo.checks import check_first_rollout
 from rlhf.ppo.engines import build_engine
@@ -30,7 +31,7 @@ from rlhf.ppo.evaluate import Evaluator, Rewards
 from rlhf.ppo.ptx import ptx_documents
 from rlhf.ppo.roles import load_roles, open_base, save_policy
 from rlhf.ppo.update import Learner
-from rlhf.rewards import build_reward, holdout_node
+from rlhf.rewards import build_reward, fill_members, holdout_node
 from rlhf.types import StageResult
 
 RECIPE = 1
@@ -182,12 +183,15 @@ def open_rewards(cfg: Config, context: Context, base: SharedBase | None) -> Rewa
     paid = build_reward(
         cfg.reward, context.parents.get("rm"), stored, shared_base=base, trust_remote_code=trust
     )  # fmt: skip
+    if fill_members(cfg.reward, context.parents.get("rm"), stored) != cfg.reward:
+        say(f"ppo: paid by the run's {1 + len(members_of(stored))} reward models together")
     if cfg.ppo.normalize_reward and paid.std is None:
         say(
             f"ppo: {type(paid.reward).__name__} stores no mean and std: its rewards are used as they are "
             "(reward.mean and reward.std give them)"
         )
-    spec = holdout_node(cfg.ppo.holdout)
+    own = holdout_of(context.parents.get("rm"), stored)
+    spec = holdout_node(str(own) if own is not None and cfg.ppo.holdout is None else cfg.ppo.holdout)
     holdout = None
     if spec is not None:
         holdout = build_reward(spec, key="ppo.holdout", shared_base=base, trust_remote_code=trust)

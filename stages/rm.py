@@ -18,6 +18,7 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from rlhf.artifacts import atomic_folder
 from rlhf.config import Config
 from rlhf.errors import DataError, TrainingError
 from rlhf.lora import add_lora, is_lora, merge_lora, save_adapter
+from rlhf.members import MEMBERS, plan_members, train_beside
 from rlhf.models import (
     DTYPES,
     check_vocabulary,
@@ -144,9 +146,22 @@ class Trainer(Supervised, HFTrainer):  # type: ignore[misc]  # transformers ship
 
 
 def run(cfg: Config, context: Context) -> StageResult:
-    """Train a reward model on `context.data.rankings`; writes model/ (and adapter/ with LoRA)."""
+    """Train a reward model on `context.data.rankings`; writes model/ (and adapter/ with LoRA).
+
+    With rm.members or rm.holdout several, each on folds of its own: those beside the first come before it, so that
+    whatever is finished when the process is killed stays finished.
+    """
     assert context.data.rankings is not None
-    return train_one(cfg, context, context.data.rankings.train, cfg.seed)
+    rankings = context.data.rankings.train
+    first, *others = plan_members(cfg.rm, cfg.seed)
+    beside = {}
+    for member in others:
+        train = partial(train_one, cfg, rankings=member.rows(rankings), seed=member.seed)
+        beside[member.name] = train_beside(cfg, context, member, train)
+    result = train_one(cfg, context, first.rows(rankings), first.seed)
+    if beside:
+        result.extra |= {"reads": first.reading, MEMBERS: beside}
+    return result
 
 
 def train_one(cfg: Config, context: Context, rankings: Sequence[Ranking], seed: int) -> StageResult:

@@ -17,6 +17,7 @@ LEVELS = [
     {"manifest", "render", "lora", "adapters", "kv_cache", "last_layer"},
     {"data", "models"},
     {"context", "rollout", "training", "reward_report", "classifier"},
+    {"members"},
     {"rewards", "gates", "inputs"},
     {"ppo", "sampling", "quickstart"},
     {"rundir", "runs", "doctor"},

@@ -43,5 +43,20 @@ def test_wandb_offline_replays_what_was_logged_before_the_kill(tmp_path: Path) -
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
+@pytest.mark.slow
+def test_two_wandb_runs_at_a_time_stay_apart(tmp_path: Path) -> None:
+    """As a reward model beside the first has one while its stage's is open."""
+    trackers = []
+    for name in ("rm", "holdout"):
+        (tmp_path / name).mkdir()
+        names = {"group": "g", "stage": name, "folder": str(tmp_path / name)}
+        trackers.append(open_tracker(TrackerConfig(mode=TrackerMode.offline), tmp_path / name, names, {"seed": 0}))
+    for tracker in reversed(trackers):
+        tracker.log({"loss": 0.25}, 1)
+        tracker.finish()
+    for name in ("rm", "holdout"):
+        assert len(list((tmp_path / name / "wandb").glob("offline-run-*/*.wandb"))) == 1
+
+
 def tracker_folder(folder: Path) -> Path:
     return folder

@@ -132,7 +132,19 @@ class RmConfig:
     label_smoothing: float = 0.0  # probability that a strict verdict is the wrong way round
     margin: float = 0.0  # the better response has to lead by this times the difference of the scores
     center_coef: float = 0.0  # pulls the mean reward of a prompt's responses to zero
+    members: int = 1  # reward models that PPO is paid by together, each with a seed and a selection of folds of its own
+    holdout: bool = False  # one more, trained on a fold of prompts that no member reads: PPO is judged by it
+    folds: int | None = None  # that the training prompts are cut into; None: 4, or more if there are more models
     lora: LoraConfig = field(default_factory=LoraConfig)
+
+    @property
+    def models(self) -> int:
+        """How many are trained."""
+        return self.members + self.holdout
+
+    @property
+    def fold_count(self) -> int:
+        return 1 if self.models == 1 else self.folds or max(4, self.models)
 
     def check(self, key: str) -> None:
         smoothing = self.label_smoothing
@@ -146,6 +158,21 @@ class RmConfig:
             )  # fmt: skip
             for name, value in (("label_smoothing", smoothing), ("margin", self.margin)):
                 require(value == 0, f"{key}.{name}", f"is of pairs, and {key}.loss is plackett_luce")
+        self._check_members(key)
+
+    def _check_members(self, key: str) -> None:
+        require(self.members >= 1, f"{key}.members", f"must be at least 1, not {self.members}")
+        require(
+            self.models == 1 or not self.artifact, f"{key}.artifact",
+            f"is one model: {key}.members and {key}.holdout are for reward models that are trained",
+        )  # fmt: skip
+        if self.folds is not None:
+            require(self.models > 1, f"{key}.folds", f"is for {key}.members > 1 or {key}.holdout=true")
+            alike = self.folds == 1 and not self.holdout
+            require(
+                alike or self.folds >= self.models, f"{key}.folds",
+                f"must be at least {self.models}, one for each model, or 1 without a holdout: all read all",
+            )  # fmt: skip
 
 
 @dataclass

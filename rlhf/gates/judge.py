@@ -33,7 +33,8 @@ class GateRequest:
     stage: str
     model: Path | str  # folder of the candidate
     digest: str  # of that folder; the verdict holds for no other
-    parents: dict[str, Path]  # model folders: "base" (anchor of the losses), "sft" (KL, wins), "rm" (wins)
+    parents: dict[str, Path]  # model folders: "base" (anchor of the losses), "sft" (KL, wins), "rm" or holdout (wins)
+    reward: dict[str, Any] | None = None  # an ensemble that scores in the place of the one reward model
     prompts: list[Prompt] = field(default_factory=list)
     rankings: list[Ranking] = field(default_factory=list)
     demonstrations: list[Demonstration] = field(default_factory=list)

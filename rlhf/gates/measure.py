@@ -16,6 +16,7 @@ from rlhf.gates.measured import Loss, Measured, RankedRewards, Sample
 from rlhf.gates.scorers import Scorer, checked_scores
 from rlhf.models import load_policy, load_reward_model, micro_batches, pad_right, read_scores
 from rlhf.render import Renderer, load_tokenizer
+from rlhf.rewards import build_reward, part_scores
 from rlhf.rollout import Response, Sampling, generate, seed_of, sequence_logprobs
 from rlhf.types import Messages
 
@@ -30,7 +31,7 @@ def measure(request: GateRequest, needs: set[str], scorer: Scorer | None) -> Mea
     measured = Measured()
     if "rankings" in needs:
         pairs = [(r.prompt.messages, text) for r in request.rankings for text in r.responses]
-        rewards = iter(score_responses(request, request.model, pairs))
+        rewards = iter(rewards_of(request, request.model, pairs))
         measured.rankings = [RankedRewards(ranking=r, rewards=[next(rewards) for _ in r.responses])
                              for r in request.rankings]  # fmt: skip
     if needs & {"samples", "reference", "demonstrations"}:
@@ -120,9 +121,21 @@ def _as_samples(request: GateRequest, renderer: Renderer, responses: list[Respon
 def _add_rewards(request: GateRequest, samples: list[Sample]) -> None:
     pairs = [(s.prompt.messages, s.text) for s in samples]
     pairs += [(s.prompt.messages, s.parent_text or "") for s in samples]
-    rewards = score_responses(request, request.parents["rm"], pairs)
+    rewards = rewards_of(request, request.parents["rm"], pairs)
     for sample, mine, theirs in zip(samples, rewards[: len(samples)], rewards[len(samples) :], strict=True):
         sample.reward, sample.parent_reward = mine, theirs
+
+
+def rewards_of(request: GateRequest, path: Path | str, pairs: list[tuple[Messages, str]]) -> list[float]:
+    """The reward of each (prompt, response): by the request's ensemble, or else by the reward model in `path`."""
+    if request.reward is None:
+        return score_responses(request, path, pairs)
+    built = build_reward(request.reward, trust_remote_code=request.model_config.trust_remote_code)
+    responses, rows = [text for _, text in pairs], [{"messages": messages} for messages, _ in pairs]
+    try:
+        return part_scores("ensemble", built.reward, [""] * len(pairs), responses, rows)
+    except ValueError as error:  # a member's score is not a finite number
+        raise Invalid(str(error)) from error
 
 
 def score_responses(request: GateRequest, path: Path | str, pairs: list[tuple[Messages, str]]) -> list[float]:
