@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from supervised_toys import tiny_base
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = """
@@ -47,3 +49,15 @@ def test_gpu_benchmark_on_toy_shapes(extra: list[str]) -> None:
     assert found["peak_bytes"] is None
     parts = [found[f"{name}_seconds"] for name in ("generate", "score", "train")]
     assert found["pairs_per_second"] == pytest.approx(4 / sum(parts))
+
+
+@pytest.mark.slow
+def test_reward_model_benchmark_on_toy_shapes(tmp_path: Path) -> None:
+    """It ends only if the first update's loss is TRL's."""
+    argv = ["--model", str(tiny_base(tmp_path)), "--k", "3", "--prompts", "2", "--updates", "1", "--pairs", "4"]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/rm_vs_trl.py", *argv], cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("| 3 | ")

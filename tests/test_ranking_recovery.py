@@ -41,7 +41,7 @@ def test_three_pairs_in_ten_tie(ties: str, k: int) -> None:
 
 
 def test_a_known_nu_is_recovered() -> None:
-    """It is fitted beside w, whose direction is found too."""
+    """Beside w, whose direction and length are found too: with a tie at one half the rewards would be too close."""
     world = experiment.World(seed=2)
     x, u = world.responses(4000, 2)
     half = (u[:, 0] - u[:, 1]).abs() / 2
@@ -49,6 +49,9 @@ def test_a_known_nu_is_recovered() -> None:
     weight, loss = experiment.fit(x, world.rankings(u, "davidson", 0.3))
     assert loss.nu == pytest.approx(nu, rel=0.15)
     assert torch.nn.functional.cosine_similarity(weight, world.weight_F, dim=0) > 0.98
+    rankings = world.rankings(u, "davidson", 0.3)
+    lengths = [experiment.fit(x, rankings, ties=ties)[0].norm() / experiment.SPREAD for ties in ("davidson", "half")]
+    assert lengths[0] == pytest.approx(1.0, abs=0.1) and lengths[1] < 0.85
 
 
 @pytest.mark.slow
