@@ -46,7 +46,7 @@ def draw(generator: random.Random, prompts: int, k: int, vocabulary: int, longes
         prompt = [generator.randrange(vocabulary) for _ in range(generator.randint(20, 120) * longest // 300)]
         lengths = [max(1, generator.randint(20, 180) * longest // 300) for _ in range(k)]
         ids = [[*prompt, *(generator.randrange(vocabulary) for _ in range(length))] for length in lengths]
-        rows.append(Row(ids=ids, ranks=list(range(1, k + 1)), response_lengths=lengths))
+        rows.append(Row(prompt=str(len(rows)), ids=ids, ranks=list(range(1, k + 1)), response_lengths=lengths))
     return rows
 
 

@@ -10,12 +10,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 SEAL = "digests.json"
+MEMBERS, HOLDOUT = "members", "holdout"  # of several reward models: a key of the manifest's `extra`, and a folder
 UNSEALED = ("README.md",)  # the model card is not part of the digest
 
 
@@ -132,3 +133,13 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
     for path in checkpoints(folder)[:-keep]:
         shutil.rmtree(path)
+
+
+def members_of(extra: Mapping[str, Any]) -> list[str]:
+    """The folders in rm/ of the members beside the first, as the `extra` of rm's manifest has them."""
+    return [name for name in extra.get(MEMBERS, {}) if name != HOLDOUT]
+
+
+def holdout_of(model: Path | None, extra: Mapping[str, Any]) -> Path | None:
+    """The model folder of the run's own holdout; `model` is the run's reward model, `extra` of its manifest."""
+    return model.parent / HOLDOUT / "model" if model is not None and HOLDOUT in extra.get(MEMBERS, {}) else None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.artifacts import canonical, folder_digest, lenient, read_json, sha256_text, write_json, write_text
+from rlhf.artifacts import canonical, folder_digest, holdout_of, lenient, read_json, sha256_text, write_json, write_text
 from rlhf.config import STAGES, Config
 from rlhf.console import say, show
 from rlhf.errors import GateError, LineageError
@@ -19,7 +19,6 @@ from rlhf.gates import GateRequest, judge, message, policy_digest, verdict_table
 from rlhf.gates.verdict import ERRORS
 from rlhf.ledger import Ledger
 from rlhf.manifest import VERDICT, describe_environment, model_folder, read_manifest, reward_digests, write_config
-from rlhf.members import holdout_of
 from rlhf.rewards import judging_ensemble
 from rlhf.rundir import RunDir
 

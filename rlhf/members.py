@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from rlhf.artifacts import folder_digest, write_json
+from rlhf.artifacts import HOLDOUT, folder_digest, write_json
 from rlhf.config import Config, RmConfig
 from rlhf.console import say
 from rlhf.context import Context
@@ -28,9 +27,6 @@ from rlhf.manifest import MANIFEST, SCHEMA, check_intact, now, read_manifest
 from rlhf.rollout import seed_of
 from rlhf.tracking import open_tracker
 from rlhf.types import Ranking, StageResult
-
-MEMBERS = "members"  # of the manifest's `extra`: what is known of each beside the first, by its folder
-HOLDOUT = "holdout"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,16 +79,6 @@ def fold_numbers(rankings: Sequence[Ranking], folds: int) -> list[int]:
             "rm.holdout need: give more rankings, or fewer reward models"
         )
     return [dealt[key] for key in keys]
-
-
-def members_of(extra: Mapping[str, Any]) -> list[str]:
-    """The folders in rm/ of the members beside the first, as the `extra` of rm's manifest has them."""
-    return [name for name in extra.get(MEMBERS, {}) if name != HOLDOUT]
-
-
-def holdout_of(model: Path | None, extra: Mapping[str, Any]) -> Path | None:
-    """The model folder of the run's own holdout; `model` is the run's reward model, `extra` of its manifest."""
-    return model.parent / HOLDOUT / "model" if model is not None and HOLDOUT in extra.get(MEMBERS, {}) else None
 
 
 def train_beside(

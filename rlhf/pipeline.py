@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.artifacts import (
+    HOLDOUT,
+    MEMBERS,
     atomic_folder,
     folder_digest,
     is_intact,
     latest_checkpoint,
+    members_of,
     read_json,
     seal,
     sha256_file,
@@ -43,7 +46,7 @@ from rlhf.manifest import (
     stage_inputs,
     write_config,
 )
-from rlhf.members import HOLDOUT, MEMBERS, fold_numbers, members_of
+from rlhf.members import fold_numbers
 from rlhf.models import check_positions
 from rlhf.ppo.engines import check_engine
 from rlhf.rewards import check_ensemble, check_reward, holdout_node, takes_reward_model

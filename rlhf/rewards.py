@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.artifacts import read_json
+from rlhf.artifacts import members_of, read_json
 from rlhf.errors import ConfigError, TrainingError
-from rlhf.members import members_of
 from rlhf.plugins import check_arguments, find
 from rlhf.types import Reward
 

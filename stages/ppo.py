@@ -17,12 +17,12 @@ import torch
 
 from rlhf.adapters import SharedBase
 from rlhf.advantages import adapted_coef
+from rlhf.artifacts import holdout_of, members_of
 from rlhf.config import Config, Dtype
 from rlhf.console import progress as progress_bar
 from rlhf.console import say
 from rlhf.context import Context
 from rlhf.errors import DataError, Preempted, TrainingError
-from rlhf.members import holdout_of, members_of
 from rlhf.ppo import checkpoint, watch
 from rlhf.ppo.checks import check_first_rollout
 from rlhf.ppo.engines import build_engine

@@ -28,11 +28,12 @@ from torch import Tensor
 from transformers import Trainer as HFTrainer
 from transformers import TrainingArguments
 
-from rlhf.artifacts import atomic_folder
+from rlhf.artifacts import MEMBERS, atomic_folder
 from rlhf.config import Config
+from rlhf.data import prompt_key
 from rlhf.errors import DataError, TrainingError
 from rlhf.lora import add_lora, is_lora, merge_lora, save_adapter
-from rlhf.members import MEMBERS, plan_members, train_beside
+from rlhf.members import plan_members, train_beside
 from rlhf.models import (
     DTYPES,
     check_vocabulary,
@@ -66,6 +67,7 @@ TIE_FILE = "ranking_loss.safetensors"  # in each checkpoint
 class Row:
     """One ranking as token ids (prompt and response each), its ranks and the responses' lengths in tokens."""
 
+    prompt: str  # the same for two rankings of one prompt
     ids: list[list[int]]
     ranks: list[int | None]
     response_lengths: list[int]
@@ -237,8 +239,8 @@ def render(rankings: Sequence[Ranking], renderer: Renderer, loss: RankingLoss) -
         full = [renderer.full_ids(ranking.prompt.messages, response) for response in ranking.responses]
         lengths = [len(ids) - start for ids, start in full]
         rows.append(Row(
-            ids=[ids for ids, _ in full], ranks=ranking.ranks, response_lengths=lengths,
-            scores=ranking.scores, weight=ranking.weight,
+            prompt=prompt_key(ranking.prompt.messages), ids=[ids for ids, _ in full], ranks=ranking.ranks,
+            response_lengths=lengths, scores=ranking.scores, weight=ranking.weight,
         ))  # fmt: skip
     if not rows:
         raise DataError(
@@ -297,13 +299,12 @@ def accuracy(model: Any, train: Sequence[Row], heldout: Sequence[Row], seed: int
     right, count = agreement(scored, heldout)
     if not count:
         raise DataError("data.rankings: no held-out ranking has a strict pair, so the accuracy cannot be measured")
-    draw = random.Random(seed)
-    drawn = []
+    by_prompt: dict[str, list[bool]] = {}
     for value, row in zip(scored, heldout, strict=True):
-        strict, _ = comparable_pairs(row.ranks)
-        if strict:
-            better, worse = draw.choice(strict)
-            drawn.append(value[better] > value[worse])
+        for better, worse in comparable_pairs(row.ranks)[0]:
+            by_prompt.setdefault(row.prompt, []).append(value[better] > value[worse])
+    draw = random.Random(seed)
+    drawn = [draw.choice(found) for found in by_prompt.values()]
     k, n = sum(drawn), len(drawn)
     longer = agreement([row.response_lengths for row in train], train)
     shorter = agreement([[-length for length in row.response_lengths] for row in train], train)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lowest first. A module may import its own level and those below.
 LEVELS = [
     {"errors", "types", "artifacts", "config", "console", "plugins", "signals"},
-    {"losses", "advantages", "ranking_loss", "statistics", "last_layer"},
+    {"losses", "advantages", "ranking_loss", "statistics"},
     {"launch", "compose", "ledger", "tracking"},
     {"manifest", "render", "lora", "adapters", "kv_cache", "last_layer"},
     {"data", "models"},

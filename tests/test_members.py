@@ -13,14 +13,14 @@ from runs import digests, flip_a_byte, lines
 from supervised_toys import CPU, make_config, make_context, rankings, tiny_base
 
 from rlhf.adapters import Scorer, SharedBase
-from rlhf.artifacts import read_json, write_json
+from rlhf.artifacts import HOLDOUT, MEMBERS, holdout_of, read_json, write_json
 from rlhf.config import GateConfig, LoraConfig, ModelConfig, PpoConfig, RmConfig, TrackerConfig, TrackerMode, check_all
 from rlhf.context import Context
 from rlhf.errors import ConfigError, DataError, LineageError, Preempted
 from rlhf.gates.judge import GateRequest
 from rlhf.gates.measure import measure
 from rlhf.manifest import artifact_digest, check_intact
-from rlhf.members import HOLDOUT, MEMBERS, holdout_of, plan_members
+from rlhf.members import plan_members
 from rlhf.models import load_policy, load_reward_model, score_ids
 from rlhf.render import Renderer, load_tokenizer
 from rlhf.rewards import ENSEMBLE, TRAINED, build_reward, check_ensemble, fill_members, judging_ensemble

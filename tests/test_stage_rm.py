@@ -193,8 +193,17 @@ def test_head_is_drawn_once_and_must_then_be_there(base: Path, whole: Any) -> No
     load_reward_model(whole.context.folder / "model", ModelConfig(), CPU)
 
 
+def test_the_interval_counts_a_prompt_once_whoever_ranked_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three annotators of one prompt and one of another are two observations; each is right here."""
+    rows = [rm.Row(prompt=prompt, ids=[[1], [2]], ranks=[1, 2], response_lengths=[1, 1]) for prompt in "aaab"]
+    monkeypatch.setattr(rm, "rewards", lambda _model, some: [[1.0, 0.0] for _ in some])
+    found = rm.accuracy(None, rows, rows, 0)
+    assert (found["rm/pairs"], found["rm/prompts"], found["rm/one_pair_accuracy"]) == (4, 2, 1.0)
+    assert found["rm/one_pair_lower"] == pytest.approx(0.025**0.5)  # Clopper-Pearson for 2 of 2: (alpha / 2) ** (1 / n)
+
+
 def test_ragged_rankings_keep_their_order_through_sorting() -> None:
-    rows = [rm.Row(ids=[[7] * n for n in sizes], ranks=[1] * len(sizes), response_lengths=list(sizes))
+    rows = [rm.Row(prompt="", ids=[[7] * n for n in sizes], ranks=[1] * len(sizes), response_lengths=list(sizes))
             for sizes in ((5, 1), (2, 4, 3))]  # fmt: skip
     batch = rm.collate(rows, RankingLoss(rows), micro_tokens=8)
     lengths = torch.cat([lengths for _, lengths in batch.chunks])
