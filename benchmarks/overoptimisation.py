@@ -40,11 +40,11 @@ from rlhf.rollout import Sampling, generate, seed_of, sequence_logprobs
 PROXY_ROWS, PROXY_HELDOUT = 100, 30  # rankings that the proxy is trained on, and judged by
 PROXY = ("rm.optim.epochs=10", "rm.optim.evals=1")  # a hundred rankings are 7 updates an epoch
 HOLDOUT_SEED = 1  # added to the run's: the held-out reward model has another draw of everything
-EVERY = {"free": 3, "defaults": 6}  # updates between two policies that are judged
-# As the quickstart, but beta = 0, no decay of the rate, and half the rate so that a curve has points; all held-out
-# prompts, since the holdout's fall is small beside its noise.
+EVERY = {"free": 2, "defaults": 6}  # updates between two policies that are judged
+# As the quickstart, but beta = 0, no decay of the rate, and a third of the rate so that a curve has points; all
+# held-out prompts, since the holdout's fall is small beside its noise.
 FREE = (
-    "ppo.kl.coef=0", "ppo.schedule=constant", "ppo.learning_rate=1.5e-4", "ppo.eval_every=3", "ppo.eval_prompts=225",
+    "ppo.kl.coef=0", "ppo.schedule=constant", "ppo.learning_rate=1e-4", "ppo.updates=30", "ppo.eval_every=2", "ppo.eval_prompts=225",
 )  # fmt: skip
 UNSTOPPED = ("ppo.kl.budget=10", "ppo.kl.patience=1")  # ends when there is nothing left to see
 # The budget is what the quickstart spends with beta = .1, about 2 nats: more is no gain that is known.
@@ -210,11 +210,11 @@ class Judge:
 
 
 def fallen(curve: Mapping[int, Mapping[str, Any]], step: int) -> float:
-    """Share of the gold gained over SFT at the curve's peak that is lost at `step`. A share of the gain, not of the
-    utility, whose zero is arbitrary: with SFT above zero it is the stricter of the two."""
+    """Share of the gold gained over SFT at the highest point up to `step` that is lost at `step`. A share of the gain,
+    not of the utility, whose zero is arbitrary: with SFT above zero it is the stricter of the two."""
     start = curve[0]["gold"]
-    peak = max(row["gold"] for row in curve.values())
-    return float((peak - curve[step]["gold"]) / (peak - start))
+    peak = max(row["gold"] for at, row in curve.items() if at <= step)
+    return float((peak - curve[step]["gold"]) / (peak - start)) if peak > start else 0.0
 
 
 def table(name: str, curve: Mapping[int, Mapping[str, Any]], seen: Mapping[int, Mapping[str, float]]) -> str:

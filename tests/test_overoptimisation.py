@@ -34,8 +34,8 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def lost(curve: dict[int, Any], step: int) -> float:
-    """Share of the gain over SFT at the curve's peak that is lost at `step`."""
-    peak = max(row["gold"] for row in curve.values())
+    """Share of the gain over SFT at the highest point up to `step` that is lost at `step`."""
+    peak = max(row["gold"] for at, row in curve.items() if at <= step)
     return float((peak - curve[step]["gold"]) / (peak - curve[0]["gold"]))
 
 
