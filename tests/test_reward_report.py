@@ -69,7 +69,7 @@ def test_all_right_has_the_closed_interval() -> None:
 def test_one_pair_a_prompt_is_the_draw_of_the_stage() -> None:
     """The same seed and order as in stages.rm.accuracy, so that the report and the manifest agree."""
     rows = [judged([3.0, 1.0, 2.0], [1, 2, 3]) for _ in range(30)]  # two of three pairs right
-    toys = [rm.Row(ids=[[1]] * 3, ranks=row.ranking.ranks, response_lengths=[1] * 3) for row in rows]
+    toys = [rm.Row(prompt=row.prompt, ids=[[1]] * 3, ranks=row.ranking.ranks, response_lengths=[1] * 3) for row in rows]
     fake = iter([reward for row in rows for reward in row.rewards])
     original, rm.score_ids = rm.score_ids, lambda model, ids, tokens: [next(fake) for _ in ids]  # type: ignore[assignment]
     try:
