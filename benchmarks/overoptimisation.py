@@ -44,7 +44,8 @@ EVERY = {"free": 2, "defaults": 6}  # updates between two policies that are judg
 # As the quickstart, but beta = 0, no decay of the rate, and a third of the rate so that a curve has points; all
 # held-out prompts, since the holdout's fall is small beside its noise.
 FREE = (
-    "ppo.kl.coef=0", "ppo.schedule=constant", "ppo.learning_rate=1e-4", "ppo.updates=30", "ppo.eval_every=2", "ppo.eval_prompts=225",
+    "ppo.kl.coef=0", "ppo.schedule=constant", "ppo.learning_rate=1e-4", "ppo.updates=30", "ppo.eval_every=2",
+    "ppo.eval_prompts=225",
 )  # fmt: skip
 UNSTOPPED = ("ppo.kl.budget=10", "ppo.kl.patience=1")  # ends when there is nothing left to see
 # The budget is what the quickstart spends with beta = .1, about 2 nats: more is no gain that is known.
