@@ -83,11 +83,12 @@ def _blocks(body: Any) -> list[nn.Module]:
 def _same_as_whole(body: Any, blocks: list[nn.Module]) -> bool:
     """True if the hidden states at some places do not change when the blocks run at these places alone."""
     at = next(body.parameters())
-    ids_BT = torch.arange(PROBE, device=at.device).unsqueeze(0)
     take_N = torch.tensor([1, 4, PROBE - 1], device=at.device)
     was_training = body.training
     body.eval()
     try:
+        vocabulary = body.get_input_embeddings().weight.shape[0]
+        ids_BT = (torch.arange(PROBE, device=at.device) % vocabulary).unsqueeze(0)
         whole_BTD = body(input_ids=ids_BT, use_cache=False).last_hidden_state
         with _picked(blocks, take_N):
             some_BTD = body(input_ids=ids_BT, use_cache=False).last_hidden_state

@@ -81,6 +81,16 @@ def test_an_adapted_layer_is_picked_from_too() -> None:
     assert shapes == [3]
 
 
+def test_a_small_vocabulary_is_no_reason_to_run_it_whole() -> None:
+    body = make("llama").base_model
+    body.set_input_embeddings(nn.Embedding(3, 16, dtype=torch.float64))
+    counts: list[int] = []
+    with last_layer_at(body, torch.tensor([1])):
+        body.layers[-1].mlp.register_forward_hook(lambda _m, args, _o: counts.append(args[0].shape[1]))
+        body(input_ids=torch.tensor([[0, 1, 2]]), use_cache=False)
+    assert counts == [1]
+
+
 class Neighbours(nn.Module):
     """A feed-forward block that is none: it looks one place to the left."""
 
