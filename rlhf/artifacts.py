@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import LineageError
+from rlhf.errors import ConfigError, LineageError
 
 SEAL = "digests.json"
 MEMBERS, HOLDOUT = "members", "holdout"  # of several reward models: a key of the manifest's `extra`, and a folder
@@ -138,6 +138,15 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
             return path, torn
         torn.append(path)
     return None, torn
+
+
+def check_made_by(checkpoint: Path, was: tuple[str, int], now: tuple[str, int]) -> None:
+    """ConfigError unless the engine and the number of ranks are those that wrote the checkpoint."""
+    if was != now:
+        raise ConfigError(
+            f"engine: {checkpoint} was made by engine={was[0]} on {was[1]} ranks, and this is engine={now[0]} on "
+            f"{now[1]}: go on with what it was made by, or delete {checkpoint.parent} to start the stage anew"
+        )
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from rlhf.artifacts import (
     atomic_folder,
+    check_made_by,
     is_intact,
     latest_checkpoint,
     prune_checkpoints,
@@ -27,7 +28,7 @@ from rlhf.config import EngineKind
 from rlhf.console import say
 from rlhf.engine.deepspeed import trained_weights
 from rlhf.engine.ranks import Ranks
-from rlhf.errors import ConfigError, TrainingError
+from rlhf.errors import TrainingError
 
 KEEP_CHECKPOINTS = 2
 MADE_BY = "engine.json"  # in each checkpoint
@@ -49,23 +50,14 @@ def find_resume(folder: Path, kind: EngineKind, ranks: Ranks) -> Path | None:
     if not name:
         return None
     found = folder / name
-    _check_made_by(found, kind.on(ranks.size), ranks)
+    path = found / MADE_BY
+    made: dict[str, Any] = read_json(path) if path.exists() else {"engine": EngineKind.single.value, "ranks": 1}
+    check_made_by(found, (made["engine"], made["ranks"]), (kind.on(ranks.size).value, ranks.size))
     missing = missing_files(found, kind, ranks.size)
     if missing:
         raise TrainingError(f"{found}: lacks {', '.join(missing)}: delete it to go on from the one before")
     say(f"resuming from {name}")
     return found
-
-
-def _check_made_by(found: Path, kind: EngineKind, ranks: Ranks) -> None:
-    path = found / MADE_BY
-    made = read_json(path) if path.exists() else {"engine": EngineKind.single.value, "ranks": 1}
-    if made != {"engine": kind.value, "ranks": ranks.size}:
-        raise ConfigError(
-            f"engine: {found} was made by engine={made['engine']} on {made['ranks']} ranks, and this is "
-            f"engine={kind.value} on {ranks.size}: go on with what it was made by, or delete {found.parent} to start "
-            "the stage anew"
-        )
 
 
 def missing_files(folder: Path, kind: EngineKind, size: int) -> list[str]:

@@ -18,6 +18,8 @@ import torch
 from packaging.requirements import Requirement
 from rich.table import Table
 
+from rlhf.launch import usable_cores
+
 GIB = 1024**3
 OPEN_FILES = 4096  # sockets of the ranks, shards of the weights, workers of the data
 Finding = tuple[str, str, str]  # what, "ok" | "note" | "missing", what was seen and what to do
@@ -63,8 +65,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _compute() -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield "CPU", "ok", f"{cores} cores, {torch.get_num_threads()} threads"
+    yield "CPU", "ok", f"{usable_cores()} cores, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         yield "CUDA", "ok", names

@@ -18,6 +18,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from rlhf.trial import UNLIKE, alike
+
 BLOCKS = ("mlp", "self_attn.q_proj", "self_attn.o_proj")  # of a layer, by the library's usual names
 PROBE = 8  # tokens of the row that a model is tried on
 
@@ -98,10 +100,8 @@ def _same_as_whole(body: Any, blocks: list[nn.Module]) -> bool:
         whole_BTD = body(input_ids=ids_BT, use_cache=False).last_hidden_state
         with _picked(blocks, take_N):
             some_BTD = body(input_ids=ids_BT, use_cache=False).last_hidden_state
-    except (TypeError, RuntimeError, AttributeError, IndexError):
+    except UNLIKE:
         return False  # a block takes or gives something else than one tensor
     finally:
         body.train(was_training)
-    whole, some = whole_BTD[0, take_N].float(), some_BTD[0, take_N].float()
-    alike = 10 * torch.finfo(whole_BTD.dtype).eps ** 0.5 * float(whole.abs().max())
-    return bool((whole - some).abs().max() <= alike)
+    return alike(whole_BTD[0, take_N], some_BTD[0, take_N])

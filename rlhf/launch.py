@@ -99,7 +99,7 @@ def _start(spec: Path, place: Place | None, listening: int, count: int) -> subpr
     if count > 1:
         assert place is not None
         environment["LOCAL_WORLD_SIZE"] = str(count)
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // count)))
         if place.rank == 0:
             held, environment[SOCKET_VARIABLE] = (listening,), str(listening)
     command = [sys.executable, "-P", "-m", WORKER, str(spec)]
@@ -161,7 +161,7 @@ def _launch_hosts(cfg: Config) -> int:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _cores() -> int:
+def usable_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

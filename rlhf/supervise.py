@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from subprocess import Popen
 from typing import Any
 
+from rlhf.errors import Preempted
+
 LAST_WORDS = 10.0  # seconds that the other ranks have to end by themselves once one has failed
-PREEMPTED = 75
 
 
 class Ends:
@@ -37,7 +38,7 @@ class Ends:
         self.codes[rank] = code
         if code and self.first is None:
             self.first = (rank, code)
-            self.deadline = min(self.deadline, now + (self.grace if code == PREEMPTED else LAST_WORDS))
+            self.deadline = min(self.deadline, now + (self.grace if code == Preempted.exit_code else LAST_WORDS))
 
     def stopped(self, number: int, now: float) -> None:
         """A stop signal came and was passed on."""
@@ -53,8 +54,8 @@ class Ends:
         """What the job ends with: the first failing rank's code, 128 + n if signal n ended it, 75 if it was stopped."""
         if self.first is None:
             return 0
-        if self.signal is not None and (PREEMPTED in self.codes.values() or self.first[1] == -self.signal):
-            return PREEMPTED
+        if self.signal is not None and (Preempted.exit_code in self.codes.values() or self.first[1] == -self.signal):
+            return Preempted.exit_code
         code = self.first[1]
         return code if code >= 0 else 128 - code
 

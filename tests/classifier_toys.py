@@ -46,11 +46,21 @@ def encoder(folder: Path, logits: Sequence[float] | None = None, labels: Sequenc
     return folder
 
 
+@torch.no_grad()
+def read_last_token_alone(body: Any, head: torch.nn.Linear) -> None:
+    """Make a Llama of width 4 see the last token only: unit 0 is up at `bad`, unit 1 at all others. Its head is zeroed,
+    to be filled. (The layer adds nothing; an embedding of one 1 among four has the root mean square 1/2.)"""
+    for p in (body.layers[0].self_attn.o_proj, body.layers[0].mlp.down_proj, head):
+        p.weight.zero_()
+    body.embed_tokens.weight.copy_(torch.tensor([[0.0, 1.0, 0.0, 0.0]]).expand(16, 4))
+    body.embed_tokens.weight[BAD] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+
+
 def decoder(folder: Path, *, pad: str | None = "[PAD]", side: str = "right", blind: bool = False) -> Path:
     """A random GPT-2 with two labels, absolute positions and no special tokens around a text.
 
     blind: a Llama that sees nothing but the last token, and knows `bad` from all others: the logits are 0 and 2 after
-    `bad`, else 0 and -2. (The layer adds nothing; an embedding of one 1 among four has the root mean square 1/2.)
+    `bad`, else 0 and -2.
     """
     import transformers as hf
 
@@ -63,10 +73,7 @@ def decoder(folder: Path, *, pad: str | None = "[PAD]", side: str = "right", bli
             max_position_embeddings=64, rms_norm_eps=0.0, num_labels=2, **ids,
         ))  # fmt: skip
         with torch.no_grad():
-            for p in (model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp.down_proj, model.score):
-                p.weight.zero_()
-            model.model.embed_tokens.weight.copy_(torch.tensor([[0.0, 1.0, 0.0, 0.0]]).expand(16, 4))
-            model.model.embed_tokens.weight[BAD] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+            read_last_token_alone(model.model, model.score)
             model.score.weight[1, :2] = torch.tensor([1.0, -1.0])
     else:
         model = hf.GPT2ForSequenceClassification(hf.GPT2Config(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from classifier_toys import BAD, WORDS, encoder, word_tokenizer
+from classifier_toys import WORDS, encoder, read_last_token_alone, word_tokenizer
 from score_server import Server, reply
 from test_gates_judge import policy, request
 
@@ -24,7 +24,7 @@ YES, NO = "w0", "w1"
 
 def write_guard(folder: Path, weight: float, positions: int = 64) -> Path:
     """A language model that sees the last token alone. After `bad` the logit of YES is 2 * weight, after any other word
-    that of NO is; all others are 0. (The layer adds nothing; an embedding of one 1 among four has the norm 1/2.)"""
+    that of NO is; all others are 0."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(LlamaConfig(
@@ -33,10 +33,7 @@ def write_guard(folder: Path, weight: float, positions: int = 64) -> Path:
         bos_token_id=None,
     ))  # fmt: skip
     with torch.no_grad():
-        for p in (model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp.down_proj, model.lm_head):
-            p.weight.zero_()
-        model.model.embed_tokens.weight.copy_(torch.tensor([[0.0, 1.0, 0.0, 0.0]]).expand(16, 4))
-        model.model.embed_tokens.weight[BAD] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+        read_last_token_alone(model.model, model.lm_head)
         model.lm_head.weight[WORDS.index(YES), 0] = weight
         model.lm_head.weight[WORDS.index(NO), 1] = weight
     model.save_pretrained(folder)

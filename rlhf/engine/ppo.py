@@ -105,12 +105,7 @@ class Replicas:
 
     def put(self, model: nn.Module, weights: Weights, what: str) -> None:
         check_names(self.ranks, model, weights, what)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if self.ranks.is_main:
-                    p.copy_(weights[name])
-                if self.ranks.size > 1:
-                    dist.broadcast(p.data, src=0)
+        fill(self.ranks, model, weights)
 
 
 class ReplicaTrainer:
@@ -168,6 +163,16 @@ class ReplicaTrainer:
 def copied(model: nn.Module) -> Weights:
     """A CPU copy of the parameters, shared ones once."""
     return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in model.named_parameters()}
+
+
+@torch.no_grad()
+def fill(ranks: Ranks, model: nn.Module, weights: Weights) -> None:
+    """Copy rank 0's `weights` into the parameters of every rank; those that ZeRO-3 cuts up, of rank 0 alone."""
+    for name, p in model.named_parameters():
+        if ranks.is_main:
+            p.copy_(weights[name])
+        if ranks.size > 1 and not hasattr(p, "ds_id"):
+            dist.broadcast(p.data, src=0)
 
 
 def check_names(ranks: Ranks, model: nn.Module, weights: Weights, what: str) -> None:

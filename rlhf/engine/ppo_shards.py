@@ -20,13 +20,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlhf.adapters import RoleModel, SharedBase
 from rlhf.config import EngineKind
 from rlhf.engine.deepspeed import choose_backend, trainer_config
-from rlhf.engine.ppo import Weights, check_names, copied
+from rlhf.engine.ppo import Weights, check_names, copied, fill
 from rlhf.engine.ranks import Ranks
 from rlhf.last_layer import usable_blocks
 
@@ -116,12 +115,8 @@ class Shards:
 
     def put(self, model: nn.Module, weights: Weights, what: str) -> None:
         check_names(self.ranks, model, weights, what)
-        with _gathered(model, writer=0), torch.no_grad():
-            for name, p in model.named_parameters():
-                if self.ranks.is_main:
-                    p.copy_(weights[name])
-                if self.ranks.size > 1 and not hasattr(p, "ds_id"):
-                    dist.broadcast(p.data, src=0)
+        with _gathered(model, writer=0):
+            fill(self.ranks, model, weights)
         for trainer in self.trainers:
             if trainer.module is model:
                 trainer.engine.optimizer.refresh_fp32_params()

@@ -21,11 +21,19 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf.artifacts import atomic_folder, latest_checkpoint, prune_checkpoints, read_json, seal, write_json
+from rlhf.artifacts import (
+    atomic_folder,
+    check_made_by,
+    latest_checkpoint,
+    prune_checkpoints,
+    read_json,
+    seal,
+    write_json,
+)
+from rlhf.config import EngineKind
 from rlhf.console import say
 from rlhf.engine.ppo import Placement, Weights
 from rlhf.engine.ranks import Ranks
-from rlhf.errors import ConfigError
 from rlhf.ppo.update import Learner
 
 KEPT = ("best", "average")  # weights beside those that are trained
@@ -124,7 +132,8 @@ def resume(folder: Path, learner: Learner) -> Progress:
     if path is None:
         return Progress()
     numbers = read_json(path / "state.json")
-    _check_engine(path, numbers.pop("engine", {"kind": "single", "ranks": 1}), engine_of(placement))
+    made = numbers.pop("engine", {"kind": EngineKind.single.value, "ranks": 1})
+    check_made_by(path, (made["kind"], made["ranks"]), (placement.kind, ranks.size))
     changed = {k: (v, machine().get(k)) for k, v in numbers.pop("machine").items() if machine().get(k) != v}
     for key, (was, now) in changed.items():
         say(f"{key} was {was} when {path.name} was written and is {now} now: the last bits may differ")
@@ -145,14 +154,6 @@ def resume(folder: Path, learner: Learner) -> Progress:
 def engine_of(placement: Placement) -> dict[str, Any]:
     """What a checkpoint can be resumed by."""
     return {"kind": placement.kind, "ranks": placement.ranks.size}
-
-
-def _check_engine(path: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
-    if was != now:
-        raise ConfigError(
-            f"engine={now['kind']} on {now['ranks']} ranks: the checkpoint {path} was written by engine={was['kind']} "
-            f"on {was['ranks']} ranks and goes on with these only: start it so, or delete {path.parent} to begin anew"
-        )
 
 
 def machine() -> dict[str, Any]:
