@@ -26,11 +26,11 @@ from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification
 
 from rlhf.adapters import SharedBase
 from rlhf.config import KlConfig, LoraConfig, PpoConfig, Schedule
-from rlhf.models import score_ids
 from rlhf.ppo.episodes import Episode, compare, estimate
 from rlhf.ppo.roles import Roles, add_critic, assemble, share
 from rlhf.ppo.update import Learner
 from rlhf.rollout import Sampling, generate, seed_of
+from rlhf.scoring import score_ids
 from rlhf.types import Prompt
 
 NEVER = -1  # no token has this id: nothing ends

@@ -40,7 +40,7 @@ import torch
 from frozen import Workload, prepare
 from process import BATCH, Settings
 
-from rlhf.models import micro_batches
+from rlhf.scoring import micro_batches
 
 HERE = Path(__file__).resolve().parent
 # TRL's (chunk, micro-batch): long padded rows want small ones. Run --search on your machine before you rely on them.

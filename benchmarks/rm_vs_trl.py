@@ -30,9 +30,10 @@ from typing import Any
 import torch
 
 from rlhf.config import ModelConfig
-from rlhf.models import ensure_pad, load_reward_model, read_scores
+from rlhf.models import ensure_pad, load_reward_model
 from rlhf.ranking_loss import RankingLoss
 from rlhf.render import load_tokenizer
+from rlhf.scoring import read_scores
 from rlhf.training import CHECKPOINTING
 from stages.rm import FORWARD_TOKENS, Row, collate
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from rlhf.adapters import SharedBase
 from rlhf.config import LaunchConfig, ModelConfig
-from rlhf.models import load_reward_model, pick_device, score_ids
+from rlhf.models import load_reward_model, pick_device
 from rlhf.render import Renderer, load_tokenizer
+from rlhf.scoring import score_ids
 
 
 class TrainedReward:

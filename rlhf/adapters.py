@@ -261,7 +261,7 @@ class RoleModel(nn.Module):
 
 
 class Scorer(nn.Module):
-    """A reward model on the shared base, for `rlhf.models.score_ids`: a body and the frozen head `score`."""
+    """A reward model on the shared base, for `rlhf.scoring.score_ids`: a body and the frozen head `score`."""
 
     base_model_prefix = "body"
 

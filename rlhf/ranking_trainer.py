@@ -19,8 +19,8 @@ from transformers import Trainer, get_scheduler
 
 from rlhf import pulse
 from rlhf.engine.ranks import Ranks
-from rlhf.models import micro_batches, pad_right, read_scores
 from rlhf.ranking_loss import RankingLoss, Targets, center_penalty
+from rlhf.scoring import micro_batches, pad_right, read_scores
 from rlhf.sharing import own_share
 
 TIE_RATE = 0.02  # learning rate of log nu, under the schedule of the rest; Adam moves it by about that an update
@@ -193,7 +193,7 @@ class TieParameter:
 
 @torch.no_grad()
 def shared_scores(model: Any, rows: Sequence[list[int]], micro_tokens: int, ranks: Ranks) -> list[float]:
-    """As `models.score_ids`, by all ranks together: each reads a part, and has all rewards in the end."""
+    """As `scoring.score_ids`, by all ranks together: each reads a part, and has all rewards in the end."""
     device, training = next(model.parameters()).device, model.training
     model.eval()
     own, _ = own_share(micro_batches([len(row) for row in rows], micro_tokens), ranks)

@@ -23,7 +23,7 @@ from torch.nn import functional
 from rlhf.decode_step import decode_step
 from rlhf.kv_cache import fill_holes, make_cache
 from rlhf.last_layer import last_layer_at
-from rlhf.models import micro_batches
+from rlhf.scoring import micro_batches
 
 NOISE_STEPS, NOISE_BLOCK = 8, 1 << 16  # what a generator draws ahead, steps and numbers: part of what a seed means
 

@@ -31,19 +31,12 @@ from rlhf.engine.ranks import Ranks
 from rlhf.errors import DataError, TrainingError
 from rlhf.lora import add_lora, is_lora, merge_lora, save_adapter
 from rlhf.members import plan_members, train_beside
-from rlhf.models import (
-    DTYPES,
-    check_vocabulary,
-    ensure_pad,
-    load_reward_model,
-    save_model,
-    score_ids,
-    training_config,
-)
+from rlhf.models import DTYPES, check_vocabulary, ensure_pad, load_reward_model, save_model, training_config
 from rlhf.ranking_loss import RankingLoss, comparable_pairs
 from rlhf.ranking_trainer import RankingTrainer, Row, blank, collate, read_chunks_in_forward, shared_scores
 from rlhf.render import Renderer
 from rlhf.reward_report.write import write_report
+from rlhf.scoring import score_ids
 from rlhf.statistics import clopper_pearson_lower, clopper_pearson_upper
 from rlhf.training import Loop, Supervised, fit, make_plan, one_device, trainer_options
 from rlhf.types import Ranking, StageResult

@@ -28,7 +28,8 @@ from rlhf.config import Config
 from rlhf.engine.ranks import Ranks
 from rlhf.errors import DataError
 from rlhf.lora import add_lora, is_lora, merge_lora, save_adapter
-from rlhf.models import DTYPES, check_vocabulary, load_policy, micro_batches, pad_right, save_model, training_config
+from rlhf.models import DTYPES, check_vocabulary, load_policy, save_model, training_config
+from rlhf.scoring import micro_batches, pad_right
 from rlhf.sharing import own_share
 from rlhf.training import Loop, Supervised, fit, make_plan, one_device, trainer_options
 from rlhf.types import Demonstration, StageResult

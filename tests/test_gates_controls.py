@@ -22,8 +22,8 @@ def teach(model_folder: Path, prompts: list[Any], answer: str, out: Path) -> Pat
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rlhf.models import pad_right
     from rlhf.render import Renderer
+    from rlhf.scoring import pad_right
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)

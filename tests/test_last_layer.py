@@ -12,8 +12,9 @@ from torch import nn
 from transformers import LlamaForSequenceClassification
 
 from rlhf.last_layer import last_layer_at
-from rlhf.models import enable_activation_checkpointing, pad_right, read_scores
+from rlhf.models import enable_activation_checkpointing
 from rlhf.ppo.roles import remove_dropout
+from rlhf.scoring import pad_right, read_scores
 
 IDS_BT = torch.tensor([[3, 4, 5, 6, 7], [9, 2, 8, 0, 0]])
 TAKE_N = torch.tensor([1, 4, 7])

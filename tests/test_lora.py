@@ -11,7 +11,8 @@ from supervised_toys import CPU, tiny_base
 from rlhf.config import LoraConfig, ModelConfig
 from rlhf.errors import ConfigError
 from rlhf.lora import add_lora, is_lora, merge_lora
-from rlhf.models import load_policy, load_reward_model, score_ids
+from rlhf.models import load_policy, load_reward_model
+from rlhf.scoring import score_ids
 
 LORA = LoraConfig(enabled=True, r=2, alpha=4)
 

@@ -21,9 +21,10 @@ from rlhf.gates.judge import GateRequest
 from rlhf.gates.measure import measure
 from rlhf.manifest import artifact_digest, check_intact
 from rlhf.members import plan_members
-from rlhf.models import load_policy, load_reward_model, score_ids
+from rlhf.models import load_policy, load_reward_model
 from rlhf.render import Renderer, load_tokenizer
 from rlhf.rewards import ENSEMBLE, TRAINED, build_reward, check_ensemble, fill_members, judging_ensemble
+from rlhf.scoring import score_ids
 from rlhf.types import Ranking
 from stages import rm
 

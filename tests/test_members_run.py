@@ -14,8 +14,9 @@ import torch
 from runs import TINY, digests, flip_a_byte, interrupt, lines, read_json, rlhf, words, write_data
 
 from rlhf.config import ModelConfig
-from rlhf.models import load_reward_model, score_ids
+from rlhf.models import load_reward_model
 from rlhf.render import Renderer, load_tokenizer
+from rlhf.scoring import score_ids
 
 pytestmark = pytest.mark.slow
 SEVERAL = ("members/1", "members/2", "holdout")

@@ -11,16 +11,8 @@ from supervised_toys import CPU, make_tokenizer, tiny_base
 
 from rlhf.config import Dtype, LaunchConfig, ModelConfig
 from rlhf.errors import ConfigError, TrainingError
-from rlhf.models import (
-    check_vocabulary,
-    ensure_pad,
-    load_policy,
-    load_reward_model,
-    micro_batches,
-    pick_device,
-    save_model,
-    score_ids,
-)
+from rlhf.models import check_vocabulary, ensure_pad, load_policy, load_reward_model, pick_device, save_model
+from rlhf.scoring import micro_batches, score_ids
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ from supervised_toys import CPU, make_config, make_context, make_tokenizer, tiny
 
 from reward_models.trained import TrainedReward
 from rlhf.config import LoraConfig, ModelConfig
-from rlhf.models import load_reward_model, save_model, score_ids
+from rlhf.models import load_reward_model, save_model
 from rlhf.render import Renderer
+from rlhf.scoring import score_ids
 from stages import ppo, rm
 
 REWARD = {"_target_": "reward_models.trained.TrainedReward"}

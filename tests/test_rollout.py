@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from rlhf.models import micro_batches
 from rlhf.rollout import (
     Sampling,
     collate,
@@ -23,6 +22,7 @@ from rlhf.rollout import (
     seed_of,
     sequence_logprobs,
 )
+from rlhf.scoring import micro_batches
 
 VOCABULARY, EOS = 13, 1
 PROMPTS = [[3, 4, 5], [7] * 9, [2, 3, 1, 0, 6], [9], [3, 4, 5], [12, 0, 0, 2, 8, 8]]

@@ -14,9 +14,10 @@ from supervised_toys import CPU, make_config, make_context, tiny_base
 from reward_models.trained import TrainedReward
 from rlhf.config import LoraConfig, ModelConfig, RmLoss, Ties
 from rlhf.errors import ConfigError, DataError, Preempted
-from rlhf.models import load_reward_model, score_ids
+from rlhf.models import load_reward_model
 from rlhf.ranking_loss import RankingLoss
 from rlhf.render import Renderer, load_tokenizer
+from rlhf.scoring import score_ids
 from rlhf.statistics import clopper_pearson_lower
 from stages import rm
 

@@ -16,8 +16,9 @@ from rlhf.config import Config, CriticInit, Estimator, LoraConfig, ModelConfig, 
 from rlhf.encoders import check_scorer, is_encoder
 from rlhf.errors import ConfigError, Preempted
 from rlhf.lora import open_adapter
-from rlhf.models import check_positions, load_reward_model, score_ids
+from rlhf.models import check_positions, load_reward_model
 from rlhf.render import Renderer, load_tokenizer
+from rlhf.scoring import score_ids
 from stages import rm
 
 SPECIAL = ["<s>", "<pad>", "</s>"]  # 0, 1, 2; the words w0, w1, ... follow

@@ -16,9 +16,9 @@ from torch import Tensor
 from rlhf.advantages import shaped_rewards, token_mask
 from rlhf.config import PpoConfig
 from rlhf.errors import TrainingError
-from rlhf.models import micro_batches
 from rlhf.ppo.episodes import Episode, estimated
 from rlhf.rollout import collate, evaluating, response_logits, token_logprobs
+from rlhf.scoring import micro_batches
 
 FULL_PRECISION = 1e-4  # max |ratio - 1| in fp32; two orders above what padding and summation order do
 HALF_PRECISION = (1e-2, 0.1)  # mean and 99th percentile of |ratio - 1| in bf16

@@ -12,7 +12,6 @@ import torch
 from rlhf.config import PpoConfig
 from rlhf.engine.ppo import Placement, Replicas
 from rlhf.losses import kl_k3
-from rlhf.models import micro_batches
 from rlhf.ppo.engines import RolloutEngine
 from rlhf.ppo.episodes import Episode, rollout, score
 from rlhf.ppo.roles import Roles
@@ -20,6 +19,7 @@ from rlhf.ppo.sharing import each, here
 from rlhf.render import Renderer
 from rlhf.rewards import BuiltReward
 from rlhf.rollout import collate, evaluating, response_logits, seed_of, sequence_logprobs, widen
+from rlhf.scoring import micro_batches
 from rlhf.types import Prompt
 
 SHOWN = 8  # samples that are recorded at each evaluation

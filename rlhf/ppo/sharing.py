@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from rlhf.engine.ranks import Ranks
 from rlhf.errors import RLHFError
-from rlhf.models import micro_batches
 from rlhf.rollout import decode_groups
+from rlhf.scoring import micro_batches
 
 T = TypeVar("T")
 

@@ -13,11 +13,11 @@ from rlhf.artifacts import write_json
 from rlhf.console import say, show
 from rlhf.data import prompt_key
 from rlhf.errors import TrainingError
-from rlhf.models import score_ids
 from rlhf.render import Renderer
 from rlhf.reward_report import comparing, sections
 from rlhf.reward_report.baselines import BagOfWords
 from rlhf.reward_report.pairs import Json, Judged, NotMeasured, Pair, pairs_of, rate
+from rlhf.scoring import score_ids
 from rlhf.types import Ranking
 
 if TYPE_CHECKING:
