@@ -12,26 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.artifacts import (
-    HOLDOUT,
-    MEMBERS,
     atomic_folder,
     folder_digest,
     is_intact,
     latest_checkpoint,
-    members_of,
     read_json,
     seal,
     sha256_file,
     write_json,
 )
-from rlhf.config import STAGES, Config, GateMode, shared_batch, stage_config
+from rlhf.config import STAGES, Config, GateMode, stage_config
 from rlhf.console import say
 from rlhf.context import Context
-from rlhf.encoders import check_scorer
 from rlhf.engine.crew import Crew
 from rlhf.engine.ranks import Ranks
 from rlhf.errors import ConfigError, LineageError, Preempted
-from rlhf.gates.policy import check_models, checks_of, kind_of
 from rlhf.gates.waivers import ALLOW
 from rlhf.inputs import SOURCES
 from rlhf.judging import Judgement, check_verdict, judge_stage, with_waiver
@@ -52,10 +47,7 @@ from rlhf.manifest import (
     stage_inputs,
     write_config,
 )
-from rlhf.members import fold_numbers
-from rlhf.models import check_positions
-from rlhf.ppo.engines import check_engine
-from rlhf.rewards import check_ensemble, check_reward, holdout_node, takes_reward_model
+from rlhf.rewards import takes_reward_model
 from rlhf.rundir import RunDir, local_model, mend
 from rlhf.sampling import sample_rankings
 from rlhf.signals import checkpointing, stop_asked
@@ -137,68 +129,6 @@ class Run(RunDir):
         if stage == "ppo" and not there and not takes_reward_model(self.cfg.reward):
             return tuple(name for name in PARENTS["ppo"] if name != "rm")
         return PARENTS[stage]
-
-    def validate(self, stages: tuple[str, ...]) -> None:
-        """Read every file that the stages will need, before any weight is loaded."""
-        self._check_parents_outside(stages)
-        trained = [s for s in stages if not stage_config(self.cfg, s).artifact]
-        for stage in {"sft", "rm"} & set(trained):
-            optim = getattr(self.cfg, stage).optim
-            shared_batch(optim.batch, optim.micro_batch, self.crew.ranks.size, f"{stage}.optim")
-        if trained:
-            check_positions(self.base(), self.cfg.model, self.cfg.data.max_length)
-        own = self.own_base() if "rm" in trained else None
-        if own is not None:
-            check_positions(own, self.cfg.model, self.cfg.data.max_length, key="rm.base")
-            check_scorer(own, self.cfg.model)
-        judged = [stage for stage in ("rm", "ppo") if stage in trained]
-        members, held_back = self.reward_models(to_train="rm" in trained)
-        check_models(self.cfg.gate, judged, members, held_back or self.cfg.ppo.holdout is not None)
-        if "ppo" in trained:
-            check_reward(self.cfg.reward, self.dir / "rm" / "model")
-            check_ensemble(self.cfg.reward, members)
-            self._check_gate_has_rewards()
-            check_engine(self.cfg.rollout)
-            if self.cfg.ppo.holdout is not None:
-                check_reward(holdout_node(self.cfg.ppo.holdout), key="ppo.holdout")
-        if self.world and not self.own_rankings and "rm" in trained:
-            trained.remove("rm")  # its rankings are yet to be sampled
-        # What they train on first: prompts may be taken from the rankings, whose faults are better named as rankings'.
-        for stage in trained:
-            getattr(self.inputs(stage), SOURCES[stage])
-        for stage in trained:
-            self.inputs(stage).for_stage(stage)
-        if "rm" in trained:
-            fold_numbers(self.inputs("rm").rankings.train, self.cfg.rm.fold_count)
-
-    def _check_parents_outside(self, stages: tuple[str, ...]) -> None:
-        """Raise LineageError if a parent that the command does not make was altered: before its tokenizer is read."""
-        above = {name for stage in stages for name in self.parents_of(stage)} - set(stages)
-        for parent in (stage for stage in STAGES if stage in above):
-            manifest = None if stage_config(self.cfg, parent).artifact else read_manifest(self.folder(parent))
-            if manifest is not None:
-                self.check_intact(parent, manifest)
-
-    def reward_models(self, *, to_train: bool) -> tuple[int, bool]:
-        """How many PPO has to be paid by, and whether there is a holdout: as rm will be trained, or as it is there."""
-        rm, manifest = self.cfg.rm, read_manifest(self.folder("rm"))
-        if to_train or manifest is None or rm.artifact:
-            return rm.members, rm.holdout
-        return 1 + len(members_of(manifest["extra"])), HOLDOUT in manifest["extra"].get(MEMBERS, {})
-
-    def _check_gate_has_rewards(self) -> None:
-        """ConfigError if a check that decides about PPO compares by the run's reward model and there is none."""
-        if "rm" in self.parents_of("ppo"):
-            return
-        deciding = {name: check for name, check in checks_of(self.cfg.gate, "ppo").items() if not check.record_only}
-        lost = {f"gate.ppo.{n}": check for n, check in deciding.items() if "rewards" in kind_of(n, check).needs}
-        if lost:
-            sides = {key: "max" if check.min is None else "min" for key, check in lost.items()}
-            record = " ".join(f"{key}.record_only=true {key}.{side}=null" for key, side in sides.items())
-            raise ConfigError(
-                f"{', '.join(lost)}: compares responses by the run's reward model, but `reward` takes none: leave it "
-                f"undecided with {record}, or make or give a model to judge by: stage=rm, rm.artifact=..."
-            )
 
     def run_stage(self, stage: str) -> Judgement:
         """Bring one stage to a finished, judged artifact, doing only what is left to do."""

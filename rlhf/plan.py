@@ -17,6 +17,7 @@ from rlhf.errors import ConfigError, LineageError, RLHFError
 from rlhf.lora import add_lora
 from rlhf.manifest import STARTED, VERDICT, differences, read_manifest, recipe_of
 from rlhf.pipeline import UNUSED, Run
+from rlhf.preflight import reward_models
 
 MIB = 1024**2
 
@@ -161,7 +162,7 @@ def role_sizes(run: Run) -> list[tuple[str, int, int]]:
     cfg, base = run.cfg, sum(p.numel() for p in _skeleton(run).parameters())
     sizes = []
     scored = "rm" in run.parents_of("ppo")  # by a reward model of the run
-    members, holdout = run.reward_models(to_train=False)
+    members, holdout = reward_models(run, to_train=False)
     models, scorer = members + holdout, sum(p.numel() for p in _scorer(run).parameters())
     last = "ppo reward" if models == 1 else f"ppo reward × {models}"
     for stage in ("sft", "rm") if scored else ("sft",):

@@ -21,6 +21,7 @@ from rlhf.judging import judge_stage
 from rlhf.manifest import model_folder, read_manifest, write_config
 from rlhf.pipeline import UNUSED, Run
 from rlhf.plan import plan_tables
+from rlhf.preflight import validate
 from rlhf.report.card import write_cards
 from rlhf.report.page import REPORT, write_report
 from rlhf.report.reading import RunView
@@ -98,7 +99,7 @@ def run(cfg: Config, crew: Crew | None = None) -> int:
 def _run(work: Run, stages: tuple[str, ...]) -> int:
     cfg = work.cfg
     work.build_world()
-    work.validate(stages)
+    validate(work, stages)
     if cfg.stage is Stage.all and "rm" not in stages:
         say(f"rm: {UNUSED}")
     for stage in stages:
