@@ -18,7 +18,7 @@ from rlhf.models import load_policy, load_reward_model
 from rlhf.render import Renderer, load_tokenizer
 from rlhf.rewards import build_reward, part_scores
 from rlhf.rollout import Response, Sampling, generate, seed_of, sequence_logprobs
-from rlhf.scoring import micro_batches, pad_right, read_scores
+from rlhf.scoring import score_ids
 from rlhf.types import Messages
 
 if TYPE_CHECKING:
@@ -193,13 +193,7 @@ def score_responses(request: GateRequest, path: Path | str, pairs: list[tuple[Me
     renderer = _renderer(request, path)
     model = load_reward_model(path, request.model_config, _device(request))
     rows = [renderer.full_ids(messages, text)[0] for messages, text in pairs]
-    rewards = [0.0] * len(rows)
-    with torch.inference_mode():
-        for cut in micro_batches([len(row) for row in rows], request.ppo.micro_tokens):
-            ids_BT, lengths_B = pad_right([rows[i] for i in cut], renderer.pad_id, _device(request))
-            for i, reward in zip(cut, read_scores(model, ids_BT, lengths_B).tolist(), strict=True):
-                rewards[i] = float(reward)
-    return rewards
+    return score_ids(model, rows, request.ppo.micro_tokens)
 
 
 def _losses(request: GateRequest, model: Any, rows: list[tuple[str, list[int], list[int]]]) -> list[float]:
