@@ -17,7 +17,7 @@ from rlhf.launch import from_plain, to_plain
 OPTIONS = sorted(
     f"{path.parent.relative_to(CONF_DIR).as_posix()}={path.stem}"
     for path in Path(CONF_DIR).rglob("*.yaml")
-    if path.parent != Path(CONF_DIR)
+    if path.parent != Path(CONF_DIR) and path.stem != "shared"  # of a stage, not of all
 )
 
 
@@ -43,6 +43,13 @@ def test_lora_reaches_every_stage_or_one_alone() -> None:
     assert (everywhere.sft.lora.enabled, everywhere.rm.lora.enabled, everywhere.ppo.lora.enabled) == (True, True, False)
     one = composed("lora@rm.lora=r16")
     assert (one.sft.lora.enabled, one.rm.lora.enabled) == (False, True)
+
+
+def test_a_key_of_lora_holds_for_every_stage_that_has_none_of_its_own() -> None:
+    config = composed("lora=r16", "lora.r=64", "lora@rm.lora=r16", "ppo.lora.alpha=8")
+    assert [(s.lora.enabled, s.lora.r, s.lora.alpha) for s in (config.sft, config.rm, config.ppo)] == [
+        (True, 64, 32), (True, 16, 32), (True, 64, 8),
+    ]  # fmt: skip
 
 
 def test_the_configuration_survives_the_way_to_the_worker() -> None:

@@ -257,7 +257,7 @@ class Config:
     sft: SftConfig = field(default_factory=SftConfig)
     rm: RmConfig = field(default_factory=RmConfig)
     ppo: PpoConfig = field(default_factory=PpoConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)  # chosen for all stages (lora=r16); set keys at each stage
+    lora: LoraConfig = field(default_factory=LoraConfig)  # of each stage without its own: lora=r16 lora.r=64
     reward: Any = None  # what PPO is paid by: `_target_` and its arguments (custom-reward.md)
     rollout: Any = field(default_factory=lambda: {"_target_": "rlhf.ppo.engines.HfRollout"})  # samples the responses
     gate: GateConfig = field(default_factory=GateConfig)
