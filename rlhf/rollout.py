@@ -194,14 +194,19 @@ def decode_groups(lengths: Sequence[int], group: int) -> list[list[int]]:
 
 
 class _Noise:
-    """Gumbel noise for one row, drawn a block of steps ahead. fp64, since fp32 uniforms cut off the tail at 16.6."""
+    """Gumbel noise for one row, drawn a block of steps ahead. fp64, since fp32 uniforms cut off the tail at 16.6.
 
-    def __init__(self, seed: int, vocabulary: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+    Drawn where it is used: a CPU would take longer over a large vocabulary than a GPU over the model.
+    """
+
+    def __init__(self, seed: int, vocabulary: int, device: torch.device) -> None:
+        self.generator = torch.Generator(device).manual_seed(seed)
         self.shape = (max(1, min(NOISE_STEPS, NOISE_BLOCK // vocabulary)), vocabulary)
 
     def block(self) -> Tensor:
-        uniform = torch.rand(self.shape, generator=self.generator, dtype=torch.float64)
+        uniform = torch.rand(
+            self.shape, generator=self.generator, dtype=torch.float64, device=self.generator.device
+        )  # fmt: skip
         return uniform.log_().neg_().log_().neg_()
 
 
@@ -273,7 +278,7 @@ class _Decoder:
 
     def _noise(self, step: int, like_BV: Tensor) -> Tensor:
         if not self.noise:
-            self.noise = [_Noise(seed, like_BV.shape[1]) for seed in self.seeds]
+            self.noise = [_Noise(seed, like_BV.shape[1], self.device) for seed in self.seeds]
         at = step % self.noise[0].shape[0]
         if at == 0:
             self.block_BSV = torch.stack([self.noise[row].block() for row in self.rows]).to(like_BV)
