@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from rlhf.config import LoraConfig
 from rlhf.console import say
 from rlhf.errors import ConfigError
+from rlhf.lean_lora import make_lean
 
 FILE_PREFIX = "base_model.model."  # of every name in peft's files
 HEAD = "score.weight"
@@ -169,6 +170,8 @@ class SharedBase:
         inject_adapter_in_model(settings, self.model, name)
         self.settings[name] = self.model.peft_config[name]
         self.layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in self.layers:
+            make_lean(layer)
         self.active = name
         self.activate(None)
 

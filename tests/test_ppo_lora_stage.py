@@ -71,7 +71,7 @@ def test_the_plan_counts_the_base_once(tiny_model: Path) -> None:
     cfg = settings()
     run: Any = SimpleNamespace(
         cfg=cfg, base=lambda: tiny_model, world=None, parents_of=lambda stage: ("sft", "rm"),
-        reward_models=lambda to_train: (1, False), own_base=lambda: None,
+        folder=lambda stage: tiny_model.parent / stage, own_base=lambda: None,
     )  # fmt: skip
     base = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
     supervised = [("sft model", base, base), ("rm model", base, base)]
@@ -84,9 +84,9 @@ def test_the_plan_counts_the_base_once(tiny_model: Path) -> None:
     assert role_sizes(run) == [
         *adapted, ("ppo critic", 768, 768), ("ppo reference", 0, 0), ("ppo reward", 768, 0)
     ]  # fmt: skip
-    run.reward_models = lambda to_train: (2, True)
+    cfg.rm.members, cfg.rm.holdout = 2, True
     assert role_sizes(run)[-1] == ("ppo reward × 3", 3 * 768, 0)
-    run.reward_models = lambda to_train: (1, False)
+    cfg.rm.members, cfg.rm.holdout = 1, False
     cfg.ppo.lora = LoraConfig()
     full = [(f"ppo {role}", base, base) for role in ("policy", "critic")]
     assert role_sizes(run)[2:] == [*full, ("ppo reference", base, 0), ("ppo reward", base, 0)]
