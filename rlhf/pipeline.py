@@ -47,6 +47,8 @@ from rlhf.manifest import (
     stage_inputs,
     write_config,
 )
+from rlhf.report.card import write_cards
+from rlhf.report.reading import read_run
 from rlhf.rewards import takes_reward_model
 from rlhf.rundir import RunDir, local_model, mend
 from rlhf.sampling import sample_rankings
@@ -365,3 +367,7 @@ class Run(RunDir):
             why = {"decision": ALLOW, "waiver_id": judgement.waiver.waiver_id} if judgement.waiver else {}
             self.ledger.append("promotion", stage=stage, status=status, digest=manifest["digest"], **why)
         publish(self.cfg.tracker, folder, self.cfg.run.name, manifest, judgement.record)
+        try:  # an older card would still tell of the status before
+            write_cards(read_run(self.dir))
+        except OSError as error:
+            say(f"{stage}: its model card cannot be written ({error.strerror})", style="yellow")

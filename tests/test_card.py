@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from huggingface_hub import ModelCard
 from report_runs import make_run, write
 
@@ -109,7 +108,7 @@ def test_hostile_text_stays_text(run: Path) -> None:
     assert "<img" not in text and "[click]" not in text and "\n# heading" not in text and "\u202e" not in text
     line = next(line for line in text.splitlines() if "onerror" in line)
     assert r"\| cell --- \# heading \`code\` " + "\ufffd" + r" \{\{ 7 \* 7 \}\}" in line
-    (run / "config.yaml").write_text(yaml.safe_dump({"run": {"name": hostile}}), encoding="utf-8")
+    change(run / "ppo" / "manifest.json", base_model=f"{hostile}\n---\nlicense: mit\n---\n")
     assert set(ModelCard(card_of(run)).data.to_dict()) == {"library_name", "pipeline_tag", "tags"}
 
 

@@ -110,6 +110,19 @@ def test_a_changed_policy_judges_a_parent_again_without_training(lab: Lab) -> No
     assert lab.judged == ["sft", "sft", "rm"]
 
 
+def test_the_model_card_follows_the_verdict(lab: Lab) -> None:
+    lab.run(stage=Stage.sft)
+    card = lab.path("sft") / "model" / "README.md"
+    assert "**PROMOTED.**" in card.read_text(encoding="utf-8") and "config.yaml" not in card.read_text(encoding="utf-8")
+    lab.decisions["sft"] = "FAIL"
+    with pytest.raises(GateError):
+        lab.run(stage=Stage.sft, gate__sft={"degenerate": CheckConfig(max=0.25)})
+    assert "**UNPROMOTED.**" in card.read_text(encoding="utf-8")
+    lab.decisions["sft"] = "PASS"
+    assert lab.run() == 0, "the card is no part of the artifact"
+    assert lab.trained == ["sft", "rm", "ppo"]
+
+
 @pytest.mark.parametrize("stage", ["sft", "rm"])
 def test_a_byte_flipped_in_a_parent_is_13(lab: Lab, stage: str) -> None:
     lab.run()

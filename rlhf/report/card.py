@@ -38,8 +38,10 @@ class Subject:
 
     @property
     def problems(self) -> list[FileState]:
+        """Of the ledger and the stages: the run's config.yaml comes after the first verdict, and no card shows it."""
+        ledger = [file for file in self.run.files if file.name in DECIDING]
         own = [file for stage in self.lineage for file in stage.files]
-        return [file for file in [*self.run.files, *own] if not file.sound]
+        return [file for file in [*ledger, *own] if not file.sound]
 
     @property
     def manifest(self) -> Json:
@@ -70,8 +72,8 @@ def card(run: RunView, stage: StageView) -> str:
     data = ModelCardData(library_name="transformers", pipeline_tag=PIPELINES[stage.name], tags=["rlhf", stage.name])
     template = files("rlhf.report").joinpath("templates", "card.md.j2").read_text(encoding="utf-8")
     return str(ModelCard.from_template(
-        data, template_str=template, title=f"{words(run.name)}: {TITLES[stage.name]}", status=status(subject),
-        stamp=stamp(stage), use=USES[stage.name], data=data_part(subject), licences=LICENCES,
+        data, template_str=template, title=f"{words(run.path.resolve().name)}: {TITLES[stage.name]}",
+        status=status(subject), stamp=stamp(stage), use=USES[stage.name], data=data_part(subject), licences=LICENCES,
         method=method(subject), parameters=markdown(parameter_table(stage)), verdict=markdown(check_table(stage)),
         evidence=evidence(stage), accuracy=markdown(accuracy_table(stage)) if stage.name == "rm" else "",
         waivers=waivers(subject), limits=bullets(limits(subject)), lineage=markdown(lineage_table(subject)),
