@@ -15,6 +15,7 @@ from rlhf.artifacts import folder_digest
 from rlhf.config import Config, Do
 from rlhf.ledger import Ledger
 from rlhf.report.card import card, words, write_cards
+from rlhf.report.page import render
 from rlhf.report.reading import read_run
 
 
@@ -99,6 +100,50 @@ def test_waivers_are_those_of_the_ledger(run: Path) -> None:
     found = rows(section(card_of(run), "Waivers"))[2:]
     expected = ["ppo", "ALLOW_BY_WAIVER", "W-7", "toxicity 0.031", r"Ada \| Bob", "Cy", "2026-02-03", "demo"]
     assert [row[1:] for row in found] == [expected]
+
+
+def waive(path: Path, stage: str, **more: str) -> None:
+    given = {"waiver_id": "W-7", "approver": "Ada", "requester": "Cy", "expires": "2026-02-03", "reason": "a demo"}
+    verdict = json.loads((path / stage / "verdict.json").read_text(encoding="utf-8"))["verdict_id"]
+    given |= {"verdict_id": verdict, "decision": "ALLOW_BY_WAIVER", **more}
+    Ledger(path / "ledger.jsonl").append("waiver", stage=stage, **given)
+
+
+def test_a_waived_card_names_who_waived_and_until_when(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "hand", "FAIL", "WAIVED")
+    waive(path, "ppo", verdict_id="sha256:of-an-older-verdict", approver="Eve")
+    waive(path, "ppo", approver="Bob", decision="REJECTED")
+    assert "> - the waiver is not in this run's ledger" in card_of(path)
+    waive(path, "ppo")
+    line = "ppo was waived by Ada until 2026-02-03 with W-7: a demo"
+    assert f"> - {line}\n" in card_of(path).split("\n## ")[0]
+    page = render([read_run(path)])
+    assert '<div class="banner doubt"><strong>ppo: WAIVED.</strong>' in page and f"<li>{line}</li>" in page
+
+
+@pytest.mark.parametrize("status", ["UNPROMOTED", "WAIVED"])
+def test_a_model_stands_no_better_than_the_parent_that_failed_later(run: Path, status: str) -> None:
+    for stage in ("sft", "rm", "ppo"):
+        change(run / stage / "manifest.json", parents={"sft": "sha256:sft-digest"} if stage == "ppo" else {})
+    assert "**PROMOTED.**" in card_of(run)
+    change(run / "rm" / "manifest.json", status="UNPROMOTED")
+    assert "**PROMOTED.**" in card_of(run), "rm is no parent of it"
+    change(run / "sft" / "manifest.json", status=status)
+    waive(run, "sft")
+    top = card_of(run).split("\n## ")[0]
+    assert f"> [!WARNING]\n> **{status}.** " in top and f"sft, which it was made from, is {status} now" in top
+    assert ("sft was waived by Ada" in top) == (status == "WAIVED")
+    assert f"<strong>ppo: {status}.</strong>" in render([read_run(run)])
+
+
+def test_a_card_that_would_say_the_same_is_not_touched(run: Path) -> None:
+    (path,) = (path for path in write_cards(read_run(run)) if path.parts[-3] == "ppo")
+    before = path.stat().st_mtime_ns, path.stat().st_ino
+    assert path in write_cards(read_run(run))
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == before
+    change(run / "ppo" / "manifest.json", status="UNPROMOTED")
+    write_cards(read_run(run))
+    assert "**PROMOTED.**" not in path.read_text(encoding="utf-8") and path.stat().st_ino != before[1]
 
 
 def test_hostile_text_stays_text(run: Path) -> None:

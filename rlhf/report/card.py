@@ -10,7 +10,6 @@ import html
 import re
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path, PurePath
 from typing import Any
@@ -19,56 +18,46 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from rlhf.artifacts import write_text
 from rlhf.config import STAGES
-from rlhf.report.card_words import LICENCES, METHODS, PIPELINES, STATUSES, TITLES, UNVERIFIED, USES, loading
-from rlhf.report.reading import FileState, Json, RunView, StageView
+from rlhf.report.card_words import LICENCES, METHODS, PIPELINES, TITLES, USES, loading
+from rlhf.report.reading import Json, RunView, StageView
+from rlhf.report.standing import Subject, standing, subject_of
 from rlhf.report.tables import NOT_MEASURED, SIGN, Table, accuracy_table, cell, flat, percent
 
 CARD = "README.md"
 LONGEST = 300  # characters of one recorded value
-DECIDING = ("ledger.jsonl", "manifest.json", "verdict.json")  # without these a status is only a word
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """What one card is about: the stage, and the stages of this run that it was made from, itself last."""
-
-    run: RunView
-    stage: StageView
-    lineage: list[StageView]
-
-    @property
-    def problems(self) -> list[FileState]:
-        """Of the ledger and the stages: the run's config.yaml comes after the first verdict, and no card shows it."""
-        ledger = [file for file in self.run.files if file.name in DECIDING]
-        own = [file for stage in self.lineage for file in stage.files]
-        return [file for file in [*ledger, *own] if not file.sound]
-
-    @property
-    def manifest(self) -> Json:
-        return self.stage.manifest or {}
 
 
 def write_cards(run: RunView) -> list[Path]:
-    """Write the card of every finished stage; where they lie. OSError if one cannot be written.
+    """Write the card of every finished stage, unless it stands there already; where they lie. OSError if one cannot be
+    written.
 
     The card is written beside model/ and moved in: a torn file inside would change the artifact's digest, and README.md
     alone is outside it. An imported model's folder is its owner's: that card stays in the stage's folder.
     """
-    written = []
+    made = []
     for stage in run.stages.values():
         if stage.manifest is None:
             continue
-        path, model = stage.folder / CARD, stage.folder / "model"
-        write_text(path, card(run, stage))
-        if not stage.manifest.get("imported") and model.is_dir():
-            path = path.replace(model / CARD)
-        written.append(path)
-    return written
+        beside, model = stage.folder / CARD, stage.folder / "model"
+        path = beside if stage.manifest.get("imported") or not model.is_dir() else model / CARD
+        text = card(run, stage)
+        if not _holds(path, text):
+            write_text(beside, text)
+            beside.replace(path)
+        made.append(path)
+    return made
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_bytes() == text.encode()
+    except OSError:
+        return False
 
 
 def card(run: RunView, stage: StageView) -> str:
     """The card of one stage as Markdown with a YAML header."""
-    subject = Subject(run, stage, lineage(run, stage))
+    subject = subject_of(run, stage)
     data = ModelCardData(library_name="transformers", pipeline_tag=PIPELINES[stage.name], tags=["rlhf", stage.name])
     template = files("rlhf.report").joinpath("templates", "card.md.j2").read_text(encoding="utf-8")
     return str(ModelCard.from_template(
@@ -81,35 +70,11 @@ def card(run: RunView, stage: StageView) -> str:
     ))  # fmt: skip
 
 
-def lineage(run: RunView, stage: StageView) -> list[StageView]:
-    """The stages of this run that `stage` was made from, and itself. A parent that lies in another run is left out: the
-    stage of that name in this run, if there is one, has another digest."""
-    found = {stage.name}
-    for name in reversed(STAGES):
-        parents = _dict((run.stages[name].manifest or {}).get("parents")) if name in found else {}
-        for parent in parents.keys() & run.stages.keys():
-            made = run.stages[parent].manifest
-            if made is not None and made.get("digest") == parents[parent]:
-                found.add(parent)
-    return [run.stages[name] for name in STAGES if name in found]
-
-
 def status(subject: Subject) -> str:
     """The status as an alert box: a warning unless it is PROMOTED by a whole record."""
-    word, problems = subject.stage.status, [f"{p.name} is {p.state}: {p.note or p.state}" for p in subject.problems]
-    promoted = subject.run.events("promotion", subject.stage.name)
-    last = promoted[-1] if promoted else None
-    agrees = last is None or (last.get("status"), last.get("digest")) == (word, subject.manifest.get("digest"))
-    if not agrees:
-        problems.append(f"the ledger's newest promotion of {subject.stage.name} has another status or digest")
-    contradicts = word == "PROMOTED" and subject.stage.decision != "PASS"
-    if contradicts:
-        problems.append(f"the status is PROMOTED and the verdict {subject.stage.decision}")
-    doubtful = not agrees or contradicts or any(PurePath(problem.name).name in DECIDING for problem in subject.problems)
-    kind = "NOTE" if word == "PROMOTED" and not problems else "WARNING"
-    known = word if word in STATUSES else "NOT JUDGED"
-    told = f"**UNVERIFIED.** {UNVERIFIED} {words(word)}." if doubtful else f"**{known}.** {STATUSES[known]}"
-    lines = [f"[!{kind}]", told, *(f"- {words(problem)}" for problem in problems)]
+    found = standing(subject)
+    lines = [f"[!{'NOTE' if found.good else 'WARNING'}]", f"**{found.word}.** {words(found.sentence)}"]
+    lines += [f"- {words(line)}" for line in found.waivers + found.problems + found.damaged]
     return "\n".join(f"> {line}" for line in lines)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 TITLES = {"sft": "supervised fine-tuning", "rm": "reward model", "ppo": "policy after PPO"}
 PIPELINES = {"sft": "text-generation", "rm": "text-classification", "ppo": "text-generation"}
-STATUSES = {
+USES = {
     "PROMOTED": "Its gate's verdict is PASS, and so are those of the stages that it was made from.",
     "WAIVED": "Its gate, or that of a stage that it was made from, did not pass. A named person let it go on, for "
     "named checks and until a day: see Waivers.",

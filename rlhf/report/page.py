@@ -14,6 +14,7 @@ from rlhf.errors import ConfigError
 from rlhf.manifest import now
 from rlhf.report import plots, tables
 from rlhf.report.reading import Json, RunView, read_run
+from rlhf.report.standing import newest, standing, subject_of
 
 REPORT = "report.html"
 SHOWN = 8  # rows of samples in file order, and as many again that the checks name as worst
@@ -78,7 +79,8 @@ def context(number: int, run: RunView) -> Json:
     sampling = [(name.upper(), stages[name]) for name in ("sft", "ppo")]
     return {
         "id": f"run{number}", "name": run.name, "path": str(run.path), "problems": run.problems,
-        "pipeline": pipeline(run), "comparison": tables.comparison(run), "audit": (run.audit or {}).get("text"),
+        "standing": banner(run), "pipeline": pipeline(run), "comparison": tables.comparison(run),
+        "audit": (run.audit or {}).get("text"),
         "verdicts": [tables.verdict_table(stage) for stage in stages.values()],
         "ppo": [
             *(plots.curve(spec, [("", stages["ppo"].metrics)]) for spec in plots.CURVES["ppo"]),
@@ -98,6 +100,19 @@ def context(number: int, run: RunView) -> Json:
             tables.waiver_table(run), tables.lineage_table(run), tables.data_table(run), tables.config_table(run),
             tables.environment_table(run), tables.cost_table(run), tables.file_table(run),
         ],
+    }  # fmt: skip
+
+
+def banner(run: RunView) -> Json | None:
+    """Where the run's last finished model stands; None if there is none."""
+    stage = newest(run)
+    if stage is None:
+        return None
+    found = standing(subject_of(run, stage))
+    tone = {"PROMOTED": "good", "WAIVED": "doubt", "NOT JUDGED": "doubt"}.get(found.word, "bad")
+    return {
+        "stage": stage.name, "word": found.word, "tone": tone, "sentence": found.sentence,
+        "lines": found.waivers + found.problems,
     }  # fmt: skip
 
 
