@@ -186,6 +186,18 @@ def generate(model: Any, prompts_ids: Sequence[list[int]], seeds: Sequence[int],
     return [response for response in out if response is not None]
 
 
+def stream(model: Any, prompt_ids: list[int], seed: int, sampling: Sampling) -> Iterator[int]:
+    """The ids of the response that `generate` gives for this prompt and seed, each as it is sampled."""
+    with torch.inference_mode(), evaluating(model):
+        steps = _Decoder(model, [prompt_ids], [seed], sampling).steps()
+    while True:
+        with torch.inference_mode(), evaluating(model):  # not while the caller holds a token
+            sampled = next(steps, None)
+        if sampled is None:
+            return
+        yield sampled[0]
+
+
 def decode_groups(lengths: Sequence[int], group: int) -> list[list[int]]:
     """Places in `lengths` (of prompts) in groups of `group`, the shortest prompts first. Groups taken out of these, in
     order, are grouped the same way again: all but the very last are full."""
@@ -237,6 +249,13 @@ class _Decoder:
         self.finished = [False] * len(prompts)
 
     def run(self) -> list[Response]:
+        for _ in self.steps():
+            pass
+        triples = zip(self.ids, self.logprobs, self.finished, strict=True)
+        return [Response(ids=ids, logprobs=logprobs, finished=finished) for ids, logprobs, finished in triples]
+
+    def steps(self) -> Iterator[list[int]]:
+        """Sample a token for each row that is left, and again until none is; the tokens of each step."""
         for step in range(self.sampling.max_new_tokens):
             logits_BV = widen(self._forward())
             if self.sampling.temperature > 0:
@@ -249,10 +268,10 @@ class _Decoder:
                 self.ids[row].append(token)
                 self.logprobs[row].append(logprob)
                 self.finished[row] = token == self.sampling.eos_id
-            if not self._advance(token_B, tokens):
-                break
-        triples = zip(self.ids, self.logprobs, self.finished, strict=True)
-        return [Response(ids=ids, logprobs=logprobs, finished=finished) for ids, logprobs, finished in triples]
+            left = self._advance(token_B, tokens)
+            yield tokens
+            if not left:
+                return
 
     def _forward(self) -> Tensor:
         if self.step is not None and self.ids_BT.shape[1] == 1 and self.cache.get_seq_length():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from rich.table import Table
 
 from rlhf.artifacts import read_json, write_json
+from rlhf.chat import chat as converse
 from rlhf.config import STAGES, Config, Do, GateMode, Stage
 from rlhf.console import say, show
 from rlhf.doctor import examine
@@ -37,7 +40,8 @@ def dispatch(cfg: Config, ranks: Ranks | None = None) -> int:
     """Do what `cfg.do` says, as rank 0 of `ranks`, whose others `obey`; the exit code."""
     crew = Crew(ranks or Ranks())
     _prepare(cfg)
-    verbs = {Do.plan: plan, Do.gate: gate, Do.sample: sample, Do.report: report, Do.doctor: doctor}
+    verbs = {Do.plan: plan, Do.gate: gate, Do.sample: sample, Do.report: report, Do.chat: chat,
+             Do.doctor: doctor}  # fmt: skip
     try:
         code = run(cfg, crew) if cfg.do is Do.run else verbs[cfg.do](cfg)
     except (RLHFError, StoppedAtOnce) as error:
@@ -240,6 +244,17 @@ def _cards(seen: RunView) -> None:
             say(f"model card: {path}")
     except OSError as error:
         say(f"{seen.name}: no model card can be written ({error.strerror})", style="yellow")
+
+
+def chat(cfg: Config) -> int:
+    """do=chat: talk to a stage's model; takes no lock. Ctrl-C ends it as /quit does."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    try:
+        return converse(cfg, sys.stdin, sys.stdout)
+    except StoppedAtOnce:
+        sys.stdout.write("\n")
+        return 0
 
 
 def doctor(cfg: Config) -> int:

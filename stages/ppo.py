@@ -10,7 +10,7 @@ whitened, rewards normalised with statistics stored beside the reward model, not
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class Loop:
         self.evaluator = Evaluator(
             prompts.heldout, context.renderer, self.rewards, self.engine, cfg.ppo, cfg.seed
         )  # fmt: skip
+        self.tracked = 0.0  # seconds in the tracker since the last update's line
         self.checkpoints = context.folder / "checkpoints"
         self.progress = checkpoint.resume(self.checkpoints, self.learner)
         if not self.progress.step:
@@ -125,7 +126,9 @@ class Loop:
         if update % cfg.eval_every == 0 or self._ends():
             metrics |= self._evaluated(update)
             clock.lap("time/evaluate")
-        return self._log(metrics | clock.laps, update, episodes)
+        took = {"time/update": clock.total, "time/tracker": self.tracked}  # of this one's line the next line tells
+        self.tracked = 0.0
+        return self._log(metrics | clock.laps | took, update, episodes)
 
     def _ends(self) -> bool:
         return self.progress.step == self.ppo.updates or watch.must_stop(self.progress, self.ppo) is not None
@@ -136,7 +139,7 @@ class Loop:
             found = self.evaluator.run(self.roles, state.start, self.placement)
             watch.note_evaluation(state, found, update, lambda: self.placement.weights(policy), self.ppo)
         if self.ranks.is_main:
-            self.context.tracker.samples(found.rows, update)
+            self._track(lambda: self.context.tracker.samples(found.rows, update))
         if state.alarms >= self.ppo.alarm.patience:
             say(f"ppo: update {update}: the reward rises while the holdout reward falls (over-optimisation)")
         return found.metrics
@@ -144,9 +147,14 @@ class Loop:
     def _log(self, metrics: dict[str, float], update: int, episodes: list[Episode] | None = None) -> dict[str, float]:
         watch.all_finite(metrics, update, episodes or [])
         if self.ranks.is_main:
-            self.context.tracker.log(metrics, update)
+            self._track(lambda: self.context.tracker.log(metrics, update))
         self.progress.metrics = self.progress.metrics | metrics
         return metrics
+
+    def _track(self, write: Callable[[], None]) -> None:
+        began = time.perf_counter()
+        write()
+        self.tracked += time.perf_counter() - began
 
     def _keep(self) -> None:
         """A checkpoint every so often, at the end, and when the process is asked to stop."""
@@ -185,8 +193,12 @@ class Clock:
     """Seconds since the last lap, by name."""
 
     def __init__(self) -> None:
-        self.start = time.perf_counter()
+        self.began = self.start = time.perf_counter()
         self.laps: dict[str, float] = {}
+
+    @property
+    def total(self) -> float:
+        return time.perf_counter() - self.began
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()

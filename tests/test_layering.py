@@ -35,7 +35,7 @@ LEVELS = [
     {"rewards", "gates", "inputs"},
     {"ppo", "sampling", "quickstart"},
     {"rundir", "runs", "doctor", "report"},
-    {"judging"},
+    {"judging", "chat"},
     {"pipeline"},
     {"plan"},
     {"verbs"},

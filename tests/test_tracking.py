@@ -82,7 +82,6 @@ def test_the_newest_wandb_file_of_a_resumed_run_is_complete(tmp_path: Path) -> N
     tables = [row["eval/samples/path"] for row in rows if "eval/samples/path" in row]
     shown = [json.loads((newest.path.parent / "files" / path).read_text())["data"] for path in tables]
     assert shown == [[[1, "old 1"]], [[2, "old 2"]], [[3, "new 3"]]]
-    assert tracker.seconds > 0 and [row["time/tracker"] for row in rows] == sorted(row["time/tracker"] for row in rows)
 
 
 VERDICT = {

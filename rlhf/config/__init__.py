@@ -22,6 +22,7 @@ __all__ = [
     "STAGES",
     "AlarmAction",
     "AlarmConfig",
+    "ChatConfig",
     "CheckConfig",
     "Config",
     "CriticInit",
@@ -71,6 +72,7 @@ class Do(Enum):
     gate = "gate"
     sample = "sample"
     report = "report"
+    chat = "chat"
     doctor = "doctor"
 
 
@@ -245,6 +247,19 @@ class ReportConfig:
 
 
 @dataclass
+class ChatConfig:
+    beside: str | None = None  # a second model that answers every line too: sft, ppo, base, or a model's folder
+    temperature: float = 1.0  # 0 takes the likeliest token
+    max_new_tokens: int | None = None  # of an answer; None: ppo.max_new_tokens
+
+    def check(self, key: str) -> None:
+        require(self.beside != "rm", f"{key}.beside", "rm is a reward model, which says nothing: sft, ppo or base")
+        require(self.temperature >= 0, f"{key}.temperature", f"must not be negative, not {self.temperature}")
+        most = self.max_new_tokens
+        require(most is None or most >= 1, f"{key}.max_new_tokens", f"must be at least 1, not {most}")
+
+
+@dataclass
 class Config:
     """The root. `stage` says on what, `do` what to do with it."""
 
@@ -266,9 +281,12 @@ class Config:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
 
     def check(self, key: str) -> None:
         require(self.seed >= 0, f"{key}seed", f"must not be negative, not {self.seed}")
+        mute = self.do is Do.chat and self.stage is Stage.rm
+        require(not mute, "stage", "rm is a reward model, which says nothing: do=chat stage=sft or stage=ppo")
         made = self.data.world is not None
         require(
             made or self.model.path is not None, "model.path",

@@ -78,7 +78,7 @@ class AlarmConfig:
 
 @dataclass
 class PpoConfig:
-    artifact: str | None = None  # for do=gate and do=sample: judge or sample this model
+    artifact: str | None = None  # for do=gate, do=sample and do=chat: take this model
     updates: int = 100  # rounds of sampling, scoring and training
     batch: int = 128  # episodes an update, over all ranks
     minibatch: int = 64  # episodes an optimiser step

@@ -174,7 +174,7 @@ def environment_table(run: RunView) -> Table:
 
 def cost_table(run: RunView) -> Table:
     """Time and tokens: differences and sums of what is recorded."""
-    table = Table("Cost", ["stage", "time", "updates", "planned", "sampled tokens", "of which (seconds)"])
+    table = Table("Cost", ["stage", "time", "updates", "planned", "sampled tokens", "seconds by part"])
     for name, stage in run.stages.items():
         manifest = stage.manifest or {}
         tokens = [row["rollout/tokens"] for row in stage.metrics if "rollout/tokens" in row]

@@ -8,7 +8,6 @@ newest file of a run id is complete by itself.
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,10 @@ CHECK_COLUMNS = ("id", "status", "estimate", "bound", "limit", "side", "n", "nee
 
 
 class WandbTracker:
-    """The lines of the record to W&B. `seconds` is the time that has gone into it."""
+    """The lines of the record to W&B."""
 
     def __init__(self, record: JsonlTracker, cfg: TrackerConfig, names: Mapping[str, str], config: Any) -> None:
-        self.record, self.seconds = record, 0.0
+        self.record = record
         self._run = start_run(cfg, names, config)
         self._tokens = self._episodes = 0.0
         self._replayed = False
@@ -68,19 +67,15 @@ class WandbTracker:
             self.replay()
 
     def _show(self, metrics: Mapping[str, float], step: int) -> None:
-        began = time.perf_counter()
         self._tokens += metrics.get("rollout/tokens", 0.0)
         self._episodes += metrics.get("rollout/episodes", 0.0)
-        row = {**metrics, UPDATE: step, "time/tracker": self.seconds}
+        row = {**metrics, UPDATE: step}
         if self._tokens:
             row |= {"tokens": self._tokens, "episodes": self._episodes}
         self._run.log(row, step=step)
-        self.seconds += time.perf_counter() - began
 
     def _show_samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        began = time.perf_counter()
         self._run.log({"eval/samples": table_of([{UPDATE: step, **row} for row in rows]), UPDATE: step}, step=step)
-        self.seconds += time.perf_counter() - began
 
     def show(self, values: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
         """Tables and plots beside the last step, and single values of the whole run."""
