@@ -24,6 +24,7 @@ from rlhf.artifacts import (
 from rlhf.config import STAGES, Config, GateMode, stage_config
 from rlhf.console import say
 from rlhf.context import Context
+from rlhf.data.licences import licence_beside
 from rlhf.engine.crew import Crew
 from rlhf.engine.ranks import Ranks
 from rlhf.errors import ConfigError, LineageError, Preempted
@@ -115,6 +116,9 @@ class Run(RunDir):
             with atomic_folder(folder) as part:
                 sample_rankings(self.cfg, self.model("sft"), self.inputs("ppo"), self.device, part / "samples.jsonl")
                 self.world.rank(part / "samples.jsonl", part / "rankings.jsonl")
+                card = self.folder("world") / "README.md"
+                if card.is_file():  # what it says of the world's data is so of its annotators' too
+                    shutil.copy(card, part)
                 write_json(part / MANIFEST, {
                     "schema": SCHEMA, "stage": "rankings", "inputs": wanted, "parents": {"sft": parent["digest"]},
                     "digest": sha256_file(part / "rankings.jsonl"), "finished": now(),
@@ -306,12 +310,13 @@ class Run(RunDir):
         finally:
             tracker.finish()
         result.check_complete(stage)
-        renderer = self.inputs(stage).renderer
+        renderer, base = self.inputs(stage).renderer, self._parent_models(stage).get("base")
         manifest |= {
             "digest": artifact_digest(folder / "model", result.extra), "metrics": result.metrics, "extra": result.extra,
             "stop_reason": result.stop_reason, "updates": result.updates, "planned_updates": result.planned_updates,
             "tokenizer": {"digest": renderer.digest, "eos_id": renderer.eos_id, "pad_id": renderer.pad_id},
             "data_report": self._data_report(stage), "environment": describe_environment(), "finished": now(),
+            "base_license": licence_beside(base) if base else None,
         }  # fmt: skip
         write_json(folder / MANIFEST, manifest)
         self._settle(stage, manifest)

@@ -169,7 +169,7 @@ def local_model(path: str, key: str, revision: str | None = None) -> Path:
                 path,
                 revision=revision,
                 local_files_only=bool(os.environ.get("HF_HUB_OFFLINE")),
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"],
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "README.md"],
             )
         )
     except Exception as error:  # the hub's client raises many kinds: not found, gated, offline, timeout

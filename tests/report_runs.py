@@ -59,7 +59,7 @@ def make_run(path: Path, decision: str = "PASS", status: str = "PROMOTED") -> Pa
         }  # fmt: skip
         write(folder / "data_report.json", {"files": [
             {"file": "rows.jsonl", "format": "ranking", "rows": 811, "kept": 809, "dropped": {"empty reply": 2},
-             "digest": "sha256:rows"}]})  # fmt: skip
+             "license": "MIT (LICENSE)", "digest": "sha256:rows"}]})  # fmt: skip
         write_lines(folder / "metrics.jsonl", metrics(stage))
         write_lines(folder / "gate_samples.jsonl", [
             gate_row("p0", f"{stage} is kind", 0.0), gate_row("p1", HOSTILE, 0.9),

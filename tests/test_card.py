@@ -49,8 +49,8 @@ def test_values_are_those_of_the_files(run: Path) -> None:
     bound = "0.01543 (clopper pearson upper 0.95)"
     assert ["toxicity", "PASS", "613", r"0.5 % \[0.1, 1.4\]", bound, "≤ 0.02", ""] in found
     assert ["ppo.learning_rate", "0.000321"] in found
-    assert ["rm", "rows.jsonl", "ranking", "811", "809", "2 empty reply", "sha256:rows"] not in found  # not its parent
-    assert ["ppo", "rows.jsonl", "ranking", "811", "809", "2 empty reply", "sha256:rows"] in found
+    read = ["rows.jsonl", "ranking", "811", "809", "2 empty reply", "MIT (LICENSE)", "sha256:rows"]
+    assert ["rm", *read] not in found and ["ppo", *read] in found  # rm is not its parent
     assert ["ppo", "PROMOTED", "PASS", "sha256:ppo-digest", "base sha256:base", "sha256:ppo-mark"] in found
     assert "Seed: 5. Updates: 17 of 17 planned." in text and "torch 9.8.7" in text and "Base model: org/base." in text
     assert ["accuracy", "0.7654", "0.7011 to 0.8222", "144"] in rows(card_of(run, "rm"))
@@ -60,10 +60,19 @@ def test_the_lineage_is_followed_by_digest(run: Path) -> None:
     """Its own sft and the data of it; an rm of the same name but of another run is not taken for the parent."""
     parents = {"sft": "sha256:sft-digest", "rm": "sha256:of-another-run"}
     change(run / "ppo" / "manifest.json", parents=parents)
+    change(run / "sft" / "manifest.json", base_license="apache-2.0 (README.md)")
     text = card_of(run)
     data = [row[0] for row in rows(section(text, "Training data"))]
     assert data == ["stage", "---", "sft", "ppo"]
     assert "The data of rm is recorded in another run." in text
+    assert "Base model: org/base. Its licence: apache-2.0 (README.md)." in text
+    assert "Its licence: unknown." in card_of(run, "rm")
+
+
+def test_a_licence_that_is_not_recorded_is_unknown(run: Path) -> None:
+    change(run / "ppo" / "data_report.json", files=[{"file": "a", "license": None}, {"file": "b"}])
+    found = [row[6] for row in rows(section(card_of(run), "Training data"))[2:]]
+    assert found == ["unknown", "unknown"]
 
 
 def test_the_header_is_one_that_the_hub_reads(run: Path) -> None:

@@ -57,7 +57,7 @@ def test_values_are_those_of_the_files(page: str) -> None:
     assert ["ppo", "1:01:02", "17", "17", "3 003", "train 4.5"] in found  # 3 x 1001 tokens, 3 x 1.5 seconds
     assert 'title="0.0048976 [0.0011, 0.0142]"' in page
     data = next(row for row in found if row[:2] == ["rm", "rows.jsonl"])
-    assert data[3:5] == ["811", "809"] and data[-2:] == ["2 empty reply", "sha256:rows"]
+    assert data[3:5] == ["811", "809"] and data[-3:] == ["2 empty reply", "MIT (LICENSE)", "sha256:rows"]
 
 
 def test_curves_hold_the_recorded_numbers_and_name_what_is_not_measured(tmp_path: Path, page: str) -> None:

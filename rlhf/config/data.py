@@ -28,6 +28,7 @@ class SourceConfig:
     format: str = "auto"  # a name of rlhf.data.formats, or `auto`: recognised by the fields of the first row
     split: str = "train"  # of a hub data set
     limit: int | None = None  # use only so many rows, drawn with the run's seed
+    license: str | None = None  # for the model card; None: what a card or licence file beside the data says
 
 
 @dataclass

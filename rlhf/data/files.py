@@ -15,12 +15,13 @@ import math
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rlhf.artifacts import canonical, sha256_file
 from rlhf.config import SourceConfig
+from rlhf.data.licences import licence_beside
 from rlhf.data.rows import shown
 from rlhf.errors import DataError
 
@@ -46,6 +47,7 @@ class Table:
     name: str
     digest: str
     rows: list[Row]
+    license: str | None = None  # as far as it is written beside the file
 
 
 def read_source(source: SourceConfig, key: str, root: str | None) -> list[Table]:
@@ -62,7 +64,9 @@ def read_source(source: SourceConfig, key: str, root: str | None) -> list[Table]
             return [_read_hub(source, key)]
         place = Path(root or ".", source.path).expanduser().absolute()
         raise DataError(f"{key}.path={source.path}: no such file, folder or glob match: {place}")
-    return [read_file(path, key) for path in paths]
+    named = Path(root or ".", Path(source.path).expanduser())
+    top = named if named.is_dir() else Path(root) if root else None
+    return [replace(read_file(path, key), license=licence_beside(path, top)) for path in paths]
 
 
 def resolve(path: str, root: str | None) -> list[Path]:
@@ -248,4 +252,5 @@ def _read_hub(source: SourceConfig, key: str) -> Table:
     digest = hashlib.sha256()
     for row in rows:
         digest.update((canonical(row.value) if row.problem is None else row.problem).encode())
-    return Table(f"{source.path}[{source.split}]", "sha256:" + digest.hexdigest(), rows)
+    name = f"{source.path}[{source.split}]"
+    return Table(name, "sha256:" + digest.hexdigest(), rows, license=table.info.license or None)

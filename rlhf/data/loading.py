@@ -128,7 +128,8 @@ def _read_rows(data: DataConfig, name: str, kind: Kind, seed: int) -> tuple[list
     seen: set[str] = set()
     for table in read_source(_need(source, key), key, data.root):
         format_ = _choose(source.format, table, kind, key)
-        file = FileReport(file=table.name, format=format_.name, digest=table.digest, rows=len(table.rows))
+        file = FileReport(file=table.name, format=format_.name, digest=table.digest, rows=len(table.rows),
+                          license=source.license or table.license)  # fmt: skip
         report.files.append(file)
         parsed, problems = _parse(table, partial(_or_dirt, format_, kind))
         readable = any(row.problem is None for row in table.rows)

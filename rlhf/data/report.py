@@ -19,6 +19,7 @@ class FileReport:
     file: str
     format: str
     digest: str  # sha256 of the bytes on disk; of the rows for a hub data set
+    license: str | None = None  # as data.<source>.license says, or what is written beside the file; None: unknown
     rows: int = 0
     extra: int = 0  # rankings beyond the first of a row, where several raters share one
     kept: int = 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 DEMONSTRATIONS_EACH = 2  # a training prompt
+CARD = "---\nlicense: apache-2.0\n---\n\nMade by rlhf.quickstart from a seed. No person wrote any of it.\n"
 
 
 class World:
@@ -28,7 +29,7 @@ class World:
 
         The folder appears whole or not at all; the same seed, threads and kind of CPU give the same bytes.
         """
-        from rlhf.artifacts import atomic_folder, write_json
+        from rlhf.artifacts import atomic_folder, write_json, write_text
         from rlhf.quickstart import base, manuals
 
         files = self.files()
@@ -37,6 +38,8 @@ class World:
                 write_jsonl(part / name, rows)
             texts = [m["content"] for row in files["demonstrations.jsonl"] for m in row["messages"]]
             loss = base.build_base(part / "base", texts, manuals.train_pages(self.shop), self.seed)
+            for made in (part, part / "base"):
+                write_text(made / "README.md", CARD)
             counts = {name: len(rows) for name, rows in files.items()}
             write_json(part / "world.json", {"seed": self.seed, "rows": counts, "base_loss": loss})
 

@@ -115,14 +115,14 @@ def bullets(lines: Iterable[str]) -> str:
 
 def data_part(subject: Subject) -> str:
     """What became of each file that this model or one that it came from was trained on."""
-    table = Table("Data", ["stage", "file", "format", "rows", "kept", "dropped", "digest"])
+    table = Table("Data", ["stage", "file", "format", "rows", "kept", "dropped", "licence", "digest"])
     without = []
     for stage in subject.lineage:
         found = [file for file in _list(_dict(stage.data_report).get("files")) if isinstance(file, dict)]
         for file in found:
             dropped = ", ".join(f"{n} {why}" for why, n in _dict(file.get("dropped")).items()) or "0"
             table.add(stage.name, file.get("file"), file.get("format"), file.get("rows"), file.get("kept"), dropped,
-                      file.get("digest") or "not recorded")  # fmt: skip
+                      file.get("license") or "unknown", file.get("digest") or "not recorded")  # fmt: skip
         without += [] if found else [stage.name]
     own = {stage.name for stage in subject.lineage}
     parents = [name for stage in subject.lineage for name in _dict((stage.manifest or {}).get("parents"))]
@@ -130,7 +130,10 @@ def data_part(subject: Subject) -> str:
     parts = [markdown(table)] if table.rows else []
     parts += [f"No data report is recorded for {', '.join(without)}."] if without else []
     parts += [f"The data of {', '.join(elsewhere)} is recorded in another run."] if elsewhere else []
-    return "\n\n".join([*parts, f"Base model: {words(subject.manifest.get('base_model') or 'not recorded')}."])
+    stated = [(stage.manifest or {}).get("base_license") for stage in subject.lineage]
+    licence = next((words(text) for text in reversed(stated) if text), "unknown")
+    base = f"Base model: {words(subject.manifest.get('base_model') or 'not recorded')}. Its licence: {licence}."
+    return "\n\n".join([*parts, base])
 
 
 def method(subject: Subject) -> str:

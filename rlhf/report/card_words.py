@@ -29,8 +29,8 @@ METHODS = {
     "ppo": "Proximal policy optimisation (Schulman et al., 1707.06347) of a reward with a KL penalty to the SFT model.",
 }  # fmt: skip
 LICENCES = (
-    "The run records no licence, neither of these files nor of the base model. Look them up where they come from "
-    "before the model is passed on."
+    "A licence is what the configuration gave or what a card or licence file beside the data said; nobody has checked "
+    "it. Look up what is unknown before the model is passed on."
 )
 
 _POLICY = """```python

@@ -123,12 +123,12 @@ def comparison(run: RunView) -> Table:
 def data_table(run: RunView) -> Table:
     """What became of each data file."""
     counts = ("rows", "kept", "cut", "overlong", "tied", "repeated", "merged", "unused", "intransitive")
-    table = Table("Data", ["stage", "file", "format", *counts, "dropped", "digest"])
+    table = Table("Data", ["stage", "file", "format", *counts, "dropped", "licence", "digest"])
     for stage in run.stages.values():
         for file in (stage.data_report or {}).get("files") or []:
             dropped = ", ".join(f"{count} {why}" for why, count in (file.get("dropped") or {}).items()) or "0"
             table.add(stage.name, file.get("file"), file.get("format"), *(file.get(key) for key in counts), dropped,
-                      digest(file.get("digest")))  # fmt: skip
+                      file.get("license") or "unknown", digest(file.get("digest")))  # fmt: skip
     if not table.rows:
         table.missing = f"{NOT_MEASURED}: no stage has a data report"
     return table
