@@ -46,10 +46,14 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def rlhf(*arguments: str, cwd: Path, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """`python -m rlhf ...` to its end."""
+def rlhf(
+    *arguments: str, cwd: Path, timeout: float = 600, given: str | None = None
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """`python -m rlhf ...` to its end; `given` is what it reads from its standard input."""
     command = [sys.executable, "-m", "rlhf", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        command, cwd=cwd, env=environment(), input=given, capture_output=True, text=True, timeout=timeout
+    )  # fmt: skip
 
 
 def words(output: str) -> str:

@@ -155,6 +155,17 @@ def test_a_real_tokenizer() -> None:
     assert renderer.decode(ids[length:]) == "A thing to write with."
 
 
+def test_the_digest_does_not_depend_on_an_order_that_a_process_may_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_tokenizer()
+    renderer = Renderer(tokenizer)
+    vocabulary = tokenizer.get_vocab()
+    monkeypatch.setattr(tokenizer, "get_vocab", lambda: dict(reversed(vocabulary.items())))
+    assert Renderer(tokenizer).digest == renderer.digest
+    # Made from a set of texts, whose order follows from the process's hashes.
+    assert renderer._special == ["<bos>", "<eos>", "<pad>", "<unk>", "<a>", "<u>"]
+
+
+@pytest.mark.slow
 def test_the_digest_is_the_same_in_every_process(tiny_model: Path) -> None:
     program = (
         "import sys; from rlhf.config import ModelConfig; from rlhf.render import Renderer, load_tokenizer\n"

@@ -21,22 +21,31 @@ PLANTED = {
 def test_no_planted_token_is_written_or_printed(
     tmp_path: Path, tiny_model: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run with W&B offline and a reward behind a server that wants a key: in clear, reversed or in base64."""
+    """A run with W&B offline and a reward behind a server that wants a key, its report, cards, plan and chat: in clear,
+    reversed or in base64."""
     for name, value in PLANTED.items():
         monkeypatch.setenv(name, value)
     options = [o for o in TINY if not o.startswith("tracker=")]
-    done = rlhf(
+    arguments = [
         *options, "tracker=wandb", f"model.path={tiny_model}", *write_data(tmp_path), f"run.root={tmp_path}/runs",
         "reward=http", f"reward.url={server.url}", "reward.key_variable=REWARD_TOKEN",
         "gate.ppo.win_rate.record_only=true", "gate.ppo.win_rate.min=null",
-        "gate.ppo.reward_gain.record_only=true", "gate.ppo.reward_gain.min=null", cwd=tmp_path,
-    )  # fmt: skip
+        "gate.ppo.reward_gain.record_only=true", "gate.ppo.reward_gain.min=null",
+    ]  # fmt: skip
+    done = rlhf(*arguments, cwd=tmp_path)
+    shown = [rlhf(*arguments, f"do={verb}", cwd=tmp_path, given="hello\n") for verb in ("report", "chat", "plan")]
+    assert [one.returncode for one in shown] == [0, 0, 0], [one.stderr for one in shown]
     assert (tmp_path / "runs" / "own" / "ppo" / "verdict.json").is_file(), done.stderr
     assert f"Bearer {PLANTED['REWARD_TOKEN']}" in server.keys, "it was used"
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
-    assert any(p.suffix == ".wandb" for p in files) and any(p.name == "manifest.json" for p in files)
+    assert any(p.suffix == ".wandb" for p in files) and {
+        "manifest.json",
+        "report.html",
+        "README.md",
+        "verdict.xml",
+    } <= {p.name for p in files}
     written = {str(p.relative_to(tmp_path)): p.read_bytes() for p in files}
-    written["printed"] = (done.stdout + done.stderr).encode()
+    written["printed"] = "".join(one.stdout + one.stderr for one in (done, *shown)).encode()
     found = {(name, where) for name, value in PLANTED.items() for where, text in written.items()
              if any(form in text for form in forms(value))}  # fmt: skip
     assert found == set()
