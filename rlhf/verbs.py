@@ -25,9 +25,7 @@ from rlhf.manifest import model_folder, read_manifest, write_config
 from rlhf.pipeline import UNUSED, Run
 from rlhf.plan import plan_tables
 from rlhf.preflight import validate
-from rlhf.report.card import write_cards
-from rlhf.report.page import REPORT, write_report
-from rlhf.report.reading import RunView
+from rlhf.report.verb import report
 from rlhf.sampling import sample_rankings
 from rlhf.signals import StoppedAtOnce
 from rlhf.tracking import NoTracker
@@ -215,35 +213,6 @@ def _sample(work: Run, stage: str) -> int:
     say(f"{count} prompts with {cfg.sample.k} responses each: {out}")
     say('next: add "ranks" to each line (1 is best, equal numbers tie, null is unranked), then data.rankings.path=...')
     return 0
-
-
-def report(cfg: Config) -> int:
-    """do=report: what one run or several recorded, as one page, and their models' cards.
-
-    Takes no lock, so that a run at work can be looked at.
-    """
-    root, names = Path(cfg.run.root), cfg.report.runs
-    if names is None:
-        paths = [Path(cfg.run.dir)]
-    else:
-        paths = [Path(name) if Path(name).is_dir() else root / name for name in names]
-    beside = paths[0] if len(paths) == 1 else root
-    out = Path(cfg.report.out) if cfg.report.out else beside / REPORT
-    for seen in write_report(paths, out):
-        for file in seen.problems:
-            say(f"{seen.name}: {file.name} is {file.state}{f': {file.note}' if file.note else ''}", style="yellow")
-        _cards(seen)
-    say(f"report: {out}")
-    return 0
-
-
-def _cards(seen: RunView) -> None:
-    """The model cards of one run; a run that can only be read has none, which is said."""
-    try:
-        for path in write_cards(seen):
-            say(f"model card: {path}")
-    except OSError as error:
-        say(f"{seen.name}: no model card can be written ({error.strerror})", style="yellow")
 
 
 def chat(cfg: Config) -> int:

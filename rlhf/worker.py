@@ -67,9 +67,13 @@ def first_to_say(message: str) -> bool:
 
 def work_as_a_rank(plain: dict[str, Any]) -> int:
     """Join the other ranks, if there are any, and do what rank 0's configuration says; the exit code."""
+    mine = from_plain(plain)
+    if mine.do is Do.report:
+        from rlhf.report.verb import report
+
+        return report(mine)
     from rlhf.engine.ranks import open_ranks
 
-    mine = from_plain(plain)
     with open_ranks(mine.launch, alone=mine.do is Do.run and mine.engine.kind.zero > 0) as ranks:
         cfg = from_plain(ranks.broadcast(plain))  # each has composed one where another launcher has started us
         if ranks.size == 1:

@@ -38,12 +38,9 @@ def test_no_planted_token_is_written_or_printed(
     assert (tmp_path / "runs" / "own" / "ppo" / "verdict.json").is_file(), done.stderr
     assert f"Bearer {PLANTED['REWARD_TOKEN']}" in server.keys, "it was used"
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
-    assert any(p.suffix == ".wandb" for p in files) and {
-        "manifest.json",
-        "report.html",
-        "README.md",
-        "verdict.xml",
-    } <= {p.name for p in files}
+    names = {p.name for p in files}
+    assert {"manifest.json", "report.html", "README.md", "verdict.xml"} <= names
+    assert any(name.endswith(".wandb") for name in names)
     written = {str(p.relative_to(tmp_path)): p.read_bytes() for p in files}
     written["printed"] = "".join(one.stdout + one.stderr for one in (done, *shown)).encode()
     found = {(name, where) for name, value in PLANTED.items() for where, text in written.items()
