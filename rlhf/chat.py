@@ -130,7 +130,7 @@ def introduction(seat: Seat) -> Iterable[str]:
         why = "no gate judges the pretrained model" if seat.label == "base" else "no verdict is recorded beside it"
         return [f"{seat.label}: {why} ({seat.path})"]
     lines = [f"{seat.label}: {known.word}. {known.sentence} ({seat.path})"]
-    return [printable(line) for line in [*lines, *(f"  {more}" for more in known.waivers + known.problems)]]
+    return [printable(line) for line in [*lines, *(f"  {more}" for more in known.reasons + known.problems)]]
 
 
 def talk(speakers: list[Speaker], cfg: Config, tokens: int, source: TextIO, out: TextIO) -> None:

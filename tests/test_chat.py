@@ -150,8 +150,9 @@ def test_what_is_no_model_is_refused_before_any_is_loaded(
 def test_a_refused_model_says_so_first(tmp_path: Path) -> None:
     for status, decision in (("PROMOTED", "PASS"), ("UNPROMOTED", "FAIL")):
         folder = make_run(tmp_path / status, decision, status) / "ppo"
-        (line,) = chat.introduction(chat.Seat("ppo", folder / "model", chat.standing_in(folder)))
-        assert line.startswith(f"ppo: {status}. ")
+        first, *more = chat.introduction(chat.Seat("ppo", folder / "model", chat.standing_in(folder)))
+        assert first.startswith(f"ppo: {status}. ")
+        assert more == ([] if status == "PROMOTED" else ["  the gate of ppo says FAIL"])
     (unknown,) = chat.introduction(chat.Seat("theirs", tmp_path))
     assert unknown == f"theirs: no verdict is recorded beside it ({tmp_path})"
     (folder / "verdict.json").unlink()
@@ -175,7 +176,8 @@ def test_the_stages_of_a_run_by_name_and_by_folder(
         lab.run(stage=Stage.sft, gate__sft={"degenerate": CheckConfig(max=0.25)})
     cfg.chat.beside = str(lab.path("ppo") / "model")
     lines = said(cfg).getvalue().splitlines()
-    assert [line.split(". ")[0] for line in lines if "made from, is" not in line][:2] == ["ppo: UNPROMOTED"] * 2
+    assert [line.split(". ")[0] for line in lines if line.startswith("ppo: ")] == ["ppo: UNPROMOTED"] * 2
+    assert lines.count("  the gate of sft says FAIL") == 2
     flip_a_byte(lab.path("ppo") / "model" / "model.safetensors")
     with pytest.raises(LineageError, match="altered"):
         said(cfg)

@@ -74,7 +74,7 @@ def status(subject: Subject) -> str:
     """The status as an alert box: a warning unless it is PROMOTED by a whole record."""
     found = standing(subject)
     lines = [f"[!{'NOTE' if found.good else 'WARNING'}]", f"**{found.word}.** {words(found.sentence)}"]
-    lines += [f"- {words(line)}" for line in found.waivers + found.problems + found.damaged]
+    lines += [f"- {words(line)}" for line in found.reasons + found.problems + found.damaged]
     return "\n".join(f"> {line}" for line in lines)
 
 

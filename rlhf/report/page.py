@@ -112,7 +112,7 @@ def banner(run: RunView) -> Json | None:
     tone = {"PROMOTED": "good", "WAIVED": "doubt", "NOT JUDGED": "doubt"}.get(found.word, "bad")
     return {
         "stage": stage.name, "word": found.word, "tone": tone, "sentence": found.sentence,
-        "lines": found.waivers + found.problems,
+        "lines": found.reasons + found.problems,
     }  # fmt: skip
 
 

@@ -51,7 +51,7 @@ class Standing:
 
     word: str
     stated: str
-    waivers: list[str] = field(default_factory=list)  # who let it go on, and until when
+    reasons: list[str] = field(default_factory=list)  # which gate did not pass; who let it go on, and until when
     problems: list[str] = field(default_factory=list)  # what the record says against itself or of a parent
     damaged: list[str] = field(default_factory=list)  # files of it
 
@@ -89,10 +89,15 @@ def standing(subject: Subject) -> Standing:
     if word in ("PROMOTED", "WAIVED") and _rank(worst.status) > _rank(word):
         problems.append(f"{worst.name}, which it was made from, is {worst.status} now; its own manifest says {stated}")
         word = worst.status if worst.status in ORDER else "UNPROMOTED"
-    waivers = [text for name in subject.lineage for text in _waivers(subject.run, name)] if word == "WAIVED" else []
-    if word == "WAIVED" and not waivers:
-        waivers = [f"the waiver is not in this run's ledger: {stage.name} was made from a waived model of another run"]
-    return Standing("UNVERIFIED" if doubtful else word, stated, waivers, problems, damaged)
+    reasons: list[str] = []
+    if word in ("WAIVED", "UNPROMOTED"):
+        reasons = [f"the gate of {s.name} says {s.decision}" for s in subject.lineage if s.decision != "PASS"]
+    if word == "WAIVED":
+        waivers = [text for name in subject.lineage for text in _waivers(subject.run, name)]
+        reasons += waivers or [
+            f"the waiver is not in this run's ledger: {stage.name} was made from a waived model of another run"
+        ]
+    return Standing("UNVERIFIED" if doubtful else word, stated, reasons, problems, damaged)
 
 
 def newest(run: RunView) -> StageView | None:
