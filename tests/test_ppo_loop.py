@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rlhf.models import load_reward_model, save_model
 from rlhf.ppo.checkpoint import Progress
 from rlhf.ppo.watch import must_stop, note_kl
 from rlhf.render import load_tokenizer
+from rlhf.tracking import JsonlTracker, read_lines
 from stages import ppo
 
 
@@ -59,6 +61,33 @@ def test_metrics_start_where_the_policy_is_its_reference(unbroken: Path) -> None
     assert [line["policy/learning_rate"] for line in lines[1:]] == pytest.approx([1e-2, 2e-2 / 3, 1e-2 / 3])
     sections = {"policy", "critic", "kl", "reward", "rollout", "eval", "step"}
     assert {key.split("/")[0] for line in lines for key in line} == sections
+
+
+class Slow(JsonlTracker):
+    """Takes 3 seconds of `clock` for a line and 5 for samples."""
+
+    clock = 0.0
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        super().log(metrics, step)
+        Slow.clock += 3
+
+    def samples(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        super().samples(rows, step)
+        Slow.clock += 5
+
+
+def test_the_seconds_in_the_tracker_stand_beside_those_of_the_update(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else takes time here. A line tells of the one before; the last evaluation is inside its update."""
+    monkeypatch.setattr(ppo.time, "perf_counter", lambda: Slow.clock)
+    given = context(tmp_path / "ppo", tiny_model)
+    given.tracker = Slow(given.folder)
+    ppo.run(config(updates=2, eval_every=9), given)
+    lines = read_lines(given.folder / "metrics.jsonl")[1:]
+    assert [(line["time/tracker"], line["time/update"]) for line in lines] == [(8, 0), (8, 5)]
+    assert lines[1]["time/evaluate"] == 5
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
