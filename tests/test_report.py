@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from report_runs import HOSTILE, make_run, write
+from runs import rlhf
 
 from rlhf.config import Config, Do
 from rlhf.errors import ConfigError
@@ -193,3 +194,16 @@ def test_the_verb_writes_small_pages_without_secrets(
     assert "<b>:" not in pages[1] and "&lt;b&gt;" in pages[1]
     overview = [row for row in rows(pages[1]) if row and row[0] in ("one", "_$<b>")]
     assert [row[3] for row in overview] == ["PASS", "FAIL"]
+
+
+@pytest.mark.slow
+def test_the_verb_does_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To import it takes longer than to make the page."""
+    run = make_run(tmp_path / "hand")
+    for name in ("torch", "transformers"):
+        (tmp_path / "none" / name).mkdir(parents=True)
+        (tmp_path / "none" / name / "__init__.py").write_text("raise AssertionError('imported')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "none"))
+    made = rlhf("do=report", f"run.root={tmp_path}", "run.name=hand", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert (run / "report.html").is_file() and (run / "ppo" / "model" / "README.md").is_file()
