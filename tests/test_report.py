@@ -78,7 +78,8 @@ def test_hostile_text_is_escaped_and_hidden(page: str) -> None:
     kind = re.search(r"<(\w+) ([^>]*)>ppo is kind<", page)
     unscored = re.search(r"<(\w+) ([^>]*)>nobody scored<", page)
     toxic = re.search(r"<(\w+) ([^>]*)>&lt;script", page)
-    assert kind and unscored and toxic
+    prompt = re.search(r"<(\w+) ([^>]*)>asks p0<", page)  # no scorer has seen it
+    assert kind and unscored and toxic and prompt and prompt.group(1) == "button"
     assert (kind.group(1), unscored.group(1), toxic.group(1)) == ("p", "button", "button")
     assert HOSTILE not in unescape(page) and "more characters" in page
 

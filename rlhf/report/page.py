@@ -151,7 +151,7 @@ def _key(row: Json) -> tuple[str, str]:
 def _side_by_side(key: tuple[str, str], sft: Json | None, ppo: Json | None, *, worst: bool) -> Dialogue:
     answers = [("SFT", _answer(sft)), ("PPO", _answer(ppo))]
     prompt = prompt_text((ppo or sft or {}).get("prompt"))
-    return Dialogue(Text(prompt, any(text.hidden for _, text in answers)), answers, id=key[0], worst=worst)
+    return Dialogue(Text(prompt, hidden=True), answers, id=key[0], worst=worst)  # no scorer has seen the prompt
 
 
 def _answer(row: Json | None) -> Text:
