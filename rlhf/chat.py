@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,6 +23,7 @@ from rlhf.rundir import RunDir, local_model
 from rlhf.types import Messages
 
 COMMANDS = "/reset forgets what was said, /quit or the end of the input ends"
+KEPT = "\n\t\u200c\u200d"  # joiners hold emoji and some scripts' letters together
 HALF = "\ufffd"  # what a character that is not whole yet decodes to
 
 
@@ -70,6 +71,8 @@ def chat(cfg: Config, source: TextIO, out: TextIO) -> int:
     work = RunDir(cfg, read_only=True)
     names = [chosen(work), *([cfg.chat.beside] if cfg.chat.beside else [])]
     seats = [take_seat(work, name) for name in names]
+    if len({seat.label for seat in seats}) < len(seats):
+        seats[1] = replace(seats[1], label=f"{seats[1].label} (2)")
     tokens = cfg.chat.max_new_tokens or cfg.ppo.max_new_tokens
     for seat in seats:
         out.write("".join(f"{line}\n" for line in introduction(seat)))
@@ -177,4 +180,4 @@ def lines_of(source: TextIO, out: TextIO) -> Iterator[str]:
 
 def printable(text: str) -> str:
     """Without the control characters that could steer a terminal."""
-    return "".join(c if c in "\n\t" or not unicodedata.category(c).startswith("C") else HALF for c in text)
+    return "".join(c if c in KEPT or not unicodedata.category(c).startswith("C") else HALF for c in text)

@@ -176,7 +176,7 @@ def test_the_stages_of_a_run_by_name_and_by_folder(
         lab.run(stage=Stage.sft, gate__sft={"degenerate": CheckConfig(max=0.25)})
     cfg.chat.beside = str(lab.path("ppo") / "model")
     lines = said(cfg).getvalue().splitlines()
-    assert [line.split(". ")[0] for line in lines if line.startswith("ppo: ")] == ["ppo: UNPROMOTED"] * 2
+    assert [line.split(". ")[0] for line in lines if line.startswith("ppo")] == ["ppo: UNPROMOTED", "ppo (2): UNPROMOTED"]
     assert lines.count("  the gate of sft says FAIL") == 2
     flip_a_byte(lab.path("ppo") / "model" / "model.safetensors")
     with pytest.raises(LineageError, match="altered"):
@@ -184,7 +184,7 @@ def test_the_stages_of_a_run_by_name_and_by_folder(
 
 
 def test_a_model_cannot_steer_the_terminal() -> None:
-    assert chat.printable("a\x1b[2J\u202e\tb\n") == "a\ufffd[2J\ufffd\tb\n"
+    assert chat.printable("a\x1b[2J\u202e\tb\u200d\n") == "a\ufffd[2J\ufffd\tb\u200d\n"
 
 
 # ---- through the command line
