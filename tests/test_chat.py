@@ -176,7 +176,8 @@ def test_the_stages_of_a_run_by_name_and_by_folder(
         lab.run(stage=Stage.sft, gate__sft={"degenerate": CheckConfig(max=0.25)})
     cfg.chat.beside = str(lab.path("ppo") / "model")
     lines = said(cfg).getvalue().splitlines()
-    assert [line.split(". ")[0] for line in lines if line.startswith("ppo")] == ["ppo: UNPROMOTED", "ppo (2): UNPROMOTED"]
+    said_first = [line.split(". ")[0] for line in lines if line.startswith("ppo")]
+    assert said_first == ["ppo: UNPROMOTED", "ppo (2): UNPROMOTED"]
     assert lines.count("  the gate of sft says FAIL") == 2
     flip_a_byte(lab.path("ppo") / "model" / "model.safetensors")
     with pytest.raises(LineageError, match="altered"):
