@@ -42,7 +42,8 @@ def make_run(path: Path, decision: str = "PASS", status: str = "PROMOTED") -> Pa
     """A finished run: sft, rm and ppo judged, `decision` being ppo's verdict."""
     path.mkdir(parents=True)
     plain = to_plain(Config())
-    plain["run"]["name"], plain["ppo"]["learning_rate"] = path.name, 0.000321
+    plain["run"] |= {"name": path.name, "dir": f"/runs/{path.name}"}
+    plain["ppo"]["learning_rate"] = 0.000321
     (path / "config.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
     ledger = Ledger(path / "ledger.jsonl")
     for stage in ("sft", "rm", "ppo"):
@@ -53,7 +54,8 @@ def make_run(path: Path, decision: str = "PASS", status: str = "PROMOTED") -> Pa
             "fingerprint": f"sha256:{stage}-mark", "parents": {"base": "sha256:base"}, "seed": 5, "tuning": "full",
             "started": "2026-01-02T03:04:05+00:00", "finished": "2026-01-02T04:05:07+00:00", "stop_reason": "finished",
             "updates": 17, "planned_updates": 17, "status": status if stage == "ppo" else "PROMOTED",
-            "environment": {"python": "3.11.1", "packages": PACKAGES}, "imported": None, "base_model": "org/base",
+            "environment": {"python": "3.11.1", "cpu": "", "packages": PACKAGES},
+            "imported": None, "base_model": "org/base",
             "metrics": {"sft/base_loss": 9.75, "sft/eval_loss": 0.625} if stage == "sft" else {},
             "inputs": {"config": {"learning_rate": 0.000321}}, "extra": {},
         }  # fmt: skip

@@ -50,7 +50,8 @@ def test_values_are_those_of_the_files(page: str) -> None:
         "not measured"
     ]
     assert ["ppo.learning_rate", "1e-06", "0.000321"] in found
-    assert ["torch", "9.8.7", "9.8.7", "9.8.7"] in found
+    assert ["torch", "9.8.7", "9.8.7", "9.8.7"] in found and ["cpu", "unknown", "unknown", "unknown"] in found
+    assert ["run.dir", '""', "/runs/hand"] in found
     assert ["ppo", "1:01:02", "17", "17", "3 003", "train 4.5"] in found  # 3 x 1001 tokens, 3 x 1.5 seconds
     assert 'title="0.0048976 [0.0011, 0.0142]"' in page
     data = next(row for row in found if row[:2] == ["rm", "rows.jsonl"])

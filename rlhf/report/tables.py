@@ -146,7 +146,7 @@ def config_table(run: RunView) -> Table:
     given = dict(flat(run.config))
     for key in sorted(given.keys() | defaults.keys() if given else ()):
         if given.get(key, "absent") != defaults.get(key, "absent"):
-            table.add(key, Cell(str(defaults.get(key, "–"))), Cell(str(given.get(key, "absent"))))
+            table.add(key, Cell(str(defaults.get(key, "–")) or '""'), Cell(str(given.get(key, "absent")) or '""'))
     if not table.rows:
         table.missing = f"{NOT_MEASURED}: there is no config.yaml"
     return table
@@ -166,10 +166,15 @@ def environment_table(run: RunView) -> Table:
     found = {name: (stage.manifest or {}).get("environment") or {} for name, stage in run.stages.items()}
     flattened = {name: dict(flat(node)) if node else {} for name, node in found.items()}
     for key in dict.fromkeys(key for node in flattened.values() for key in node):
-        table.add(key.removeprefix("packages."), *(flattened[name].get(key) for name in STAGES))
+        table.add(key.removeprefix("packages."), *(_known(flattened[name].get(key)) for name in STAGES))
     if not table.rows:
         table.missing = f"{NOT_MEASURED}: no stage has finished"
     return table
+
+
+def _known(value: Any) -> Any:
+    """Some systems name no processor."""
+    return "unknown" if value == "" else value
 
 
 def cost_table(run: RunView) -> Table:
