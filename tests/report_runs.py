@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from rlhf.artifacts import canonical, sha256_text
@@ -13,9 +14,16 @@ from rlhf.config import Config
 from rlhf.launch import to_plain
 from rlhf.ledger import Ledger
 from rlhf.manifest import record_digests
+from rlhf.report import plots
 
 HOSTILE = "<script>alert('x')</script> & ünïcode \u202e $\\alpha$ " + "long" * 2000
 PACKAGES = {"torch": "9.8.7"}
+
+
+def draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures without content: to draw those of a page takes seconds."""
+    blank = "data:image/svg+xml;base64,"
+    monkeypatch.setattr(plots, "to_picture", lambda figure, title: plots.Picture(title, blank, str(figure.get_label())))
 
 
 def write(path: Path, value: Any) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from report_runs import make_run, write
+from report_runs import draw_nothing, make_run, write
 
 from rlhf.artifacts import folder_digest
 from rlhf.config import Config, Do
 from rlhf.ledger import Ledger
 from rlhf.report.card import card, words, write_cards
-from rlhf.report.page import render
+from rlhf.report.page import banner
 from rlhf.report.reading import read_run
 
 
@@ -126,8 +126,9 @@ def test_a_waived_card_names_who_waived_and_until_when(tmp_path: Path) -> None:
     waive(path, "ppo")
     line = "ppo was waived by Ada until 2026-02-03 with W-7: a demo"
     assert f"> - {line}\n" in card_of(path).split("\n## ")[0]
-    page = render([read_run(path)])
-    assert '<div class="banner doubt"><strong>ppo: WAIVED.</strong>' in page and f"<li>{line}</li>" in page
+    shown = banner(read_run(path))
+    assert shown and (shown["stage"], shown["word"], shown["tone"]) == ("ppo", "WAIVED", "doubt")
+    assert line in shown["lines"]
 
 
 @pytest.mark.parametrize("status", ["UNPROMOTED", "WAIVED"])
@@ -142,7 +143,8 @@ def test_a_model_stands_no_better_than_the_parent_that_failed_later(run: Path, s
     top = card_of(run).split("\n## ")[0]
     assert f"> [!WARNING]\n> **{status}.** " in top and f"sft, which it was made from, is {status} now" in top
     assert ("sft was waived by Ada" in top) == (status == "WAIVED")
-    assert f"<strong>ppo: {status}.</strong>" in render([read_run(run)])
+    shown = banner(read_run(run))
+    assert shown and shown["word"] == status
 
 
 def test_a_card_that_would_say_the_same_is_not_touched(run: Path) -> None:
@@ -220,6 +222,7 @@ def test_an_imported_model_s_folder_is_left_alone(run: Path, tmp_path: Path) -> 
 def test_do_report_writes_the_cards_of_finished_stages(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rlhf.verbs import dispatch
 
+    draw_nothing(monkeypatch)
     monkeypatch.setenv("WANDB_API_KEY", "planted-secret-4711")
     (run / "rm" / "manifest.json").unlink()
     cfg = Config(do=Do.report)
