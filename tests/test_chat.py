@@ -19,7 +19,7 @@ from report_runs import make_run
 from runs import TINY, environment, rlhf, write_data
 
 from rlhf import chat
-from rlhf.config import ChatConfig, CheckConfig, Config, Do, ModelConfig, Stage, check_all
+from rlhf.config import ChatConfig, CheckConfig, Config, Do, ModelConfig, Stage
 from rlhf.errors import ConfigError, GateError, LineageError
 from rlhf.models import load_policy, pick_device
 from rlhf.render import Renderer, load_tokenizer
@@ -63,13 +63,30 @@ def plain_answer(model: Path, messages: list[dict[str, str]], tokens: int) -> st
     return str(tokenizer.decode(made[0, start:], skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def test_the_streamed_text_is_the_plain_greedy_decode(tmp_path: Path, tiny_model: Path) -> None:
-    page = said(config(tmp_path, tiny_model, temperature=0.0, max_new_tokens=24), "my robot rattles", "why?")
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The tiny model with an output layer of its own that never likes a special token: else it greedily says those."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("talker") / "model"
+    made = AutoConfig.from_pretrained(tiny_model)
+    made.tie_word_embeddings = False
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(made)
+    with torch.no_grad():
+        model.lm_head.weight[:4] = 0
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
+def test_the_streamed_text_is_the_plain_greedy_decode(tmp_path: Path, talker: Path) -> None:
+    page = said(config(tmp_path, talker, temperature=0.0, max_new_tokens=24), "my robot rattles", "why?")
     first = {"role": "user", "content": "my robot rattles"}
-    answer = plain_answer(tiny_model, [first], 24)
-    again = plain_answer(
-        tiny_model, [first, {"role": "assistant", "content": answer}, {"role": "user", "content": "why?"}], 24
-    )
+    answer = plain_answer(talker, [first], 24)
+    then = {"role": "user", "content": "why?"}
+    again = plain_answer(talker, [first, {"role": "assistant", "content": answer}, then], 24)
     shown = [chat.printable(f"sft: {text}\n") for text in (answer, again)]
     assert answer and page.getvalue().endswith("".join(shown))
     pieces = page.pieces[page.pieces.index("sft: ") + 1 :]
@@ -140,11 +157,11 @@ def test_what_is_no_model_is_refused_before_any_is_loaded(
     with pytest.raises(LineageError, match=r"ppo: no finished artifact in .*; `python -m rlhf stage=ppo` makes it"):
         said(config(tmp_path, tiny_model, beside="ppo"))
     with pytest.raises(ConfigError, match=r"chat\.beside: rm is a reward model"):
-        check_all(config(tmp_path, tiny_model, beside="rm"))
+        ChatConfig(beside="rm").check("chat")
     cfg = config(tmp_path, tiny_model)
     cfg.stage = Stage.rm
     with pytest.raises(ConfigError, match="stage: rm is a reward model"):
-        check_all(cfg)
+        cfg.check("")
 
 
 def test_a_refused_model_says_so_first(tmp_path: Path) -> None:
