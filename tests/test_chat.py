@@ -120,9 +120,10 @@ def test_a_seed_and_the_lines_decide_the_answers(tmp_path: Path, tiny_model: Pat
     assert seed_of(0, "chat", 1) != seed_of(0, "chat", 2)
 
 
-def test_commands_and_blank_lines(tmp_path: Path, tiny_model: Path) -> None:
-    cfg = config(tmp_path, tiny_model, temperature=0.0, max_new_tokens=4)
-    alone = said(cfg, "a").getvalue().splitlines()[-1]
+def test_commands_and_blank_lines(tmp_path: Path, talker: Path) -> None:
+    cfg = config(tmp_path, talker, temperature=0.0, max_new_tokens=4)
+    alone, again = said(cfg, "a", "a").getvalue().splitlines()[-2:]
+    assert alone != again, "it remembers"
     lines = said(cfg, "a", "", "/reset", "/what now", "  a ", "/quit", "b").getvalue().splitlines()
     assert lines[-4:] == [alone, "forgotten", f"/what is no command: {chat.COMMANDS}", alone]
 
