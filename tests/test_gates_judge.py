@@ -97,7 +97,6 @@ def test_a_policy_model_is_judged_end_to_end(trio):
     assert len(verdict.samples) == 20
     for row in verdict.samples:
         assert (row["toxicity"] == 1.0) == ("numpty" in row["response"])
-    assert "kl" in {cell for column in verdict.table().columns for cell in column.cells}
 
 
 def test_rewards_belong_to_their_responses(trio):

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from rlhf.errors import GateError, Inconclusive, Invalid
 
@@ -65,7 +68,7 @@ class Verdict:
         del record["samples"]
         return {"schema": SCHEMA, "gate": self.stage, "decision": self.decision, **record}
 
-    def table(self) -> Table:
+    def table(self) -> Group:
         return verdict_table(self.to_json())
 
 
@@ -73,29 +76,35 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
 
 
-def verdict_table(record: dict[str, Any]) -> Table:
-    """A verdict record, also one read back from disk, as a table for the terminal."""
-    title = f"{record['gate']} gate: {record['decision']}   (policy {record['policy_id']})"
-    table = Table(title=title, title_style=COLOURS[record["decision"]], title_justify="left", caption_justify="left")
-    for name in ("check", "status"):
-        table.add_column(name)
-    for name in ("n", "n needed", "estimate", "bound", "limit", "baseline"):
-        table.add_column(name, justify="right")
-    table.add_column("why")
+def verdict_table(record: dict[str, Any]) -> Group:
+    """A verdict record, also one read back from disk, as a table for the terminal.
+
+    The reasons stand below it, in full: in a column of their own they would be cut on a terminal of 80 columns. A
+    column that no check fills is left out.
+    """
     sign = {"max": "≤ ", "min": "≥ ", "": ""}
-    for check in record["checks"]:
-        status, limit = check["status"], check["limit"]
-        table.add_row(
-            check["id"], f"[{COLOURS[status]}]{status}[/]", str(check["n"] or "–"), str(check["needed_n"] or "–"),
-            number(check["estimate"]), number(check["bound"]),
-            "–" if limit is None else sign[check["side"]] + number(limit), number(check["details"].get("baseline")),
-            "" if status == "PASS" else check["reason"],
-        )  # fmt: skip
-    notes = [record["reason"]] if record.get("reason") else []
+    rows: list[dict[str, str | Text]] = [
+        {
+            "check": Text(check["id"]), "status": Text(check["status"], COLOURS[check["status"]]),
+            "n": str(check["n"] or "–"), "needed": str(check["needed_n"] or "–"),
+            "estimate": number(check["estimate"]), "bound": number(check["bound"]),
+            "limit": "–" if check["limit"] is None else sign[check["side"]] + number(check["limit"]),
+            "baseline": number(check["details"].get("baseline")),
+        }
+        for check in record["checks"]
+    ]  # fmt: skip
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    shown = [name for name in rows[0] if any(str(row[name]) != "–" for row in rows)] if rows else []
+    for name in shown:
+        table.add_column(name, justify="left" if name in ("check", "status") else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(row[name] for name in shown))
+    below = [record["reason"]] if record.get("reason") else []
+    below += [f"{c['id']}: {c['reason']}" for c in record["checks"] if c["status"] != "PASS" and c["reason"]]
     if record.get("attempt", 1) > 1:
-        notes.append(f"attempt {record['attempt']} of this model under this policy: a bound holds for one")
-    table.caption = " ".join(notes) or None
-    return table
+        below.append(f"attempt {record['attempt']} of this model under this policy: a bound holds for one")
+    title = f"{record['gate']} gate: {record['decision']}   (policy {record['policy_id']})"
+    return Group(Text(title, COLOURS[record["decision"]]), table, *(Text(line, overflow="fold") for line in below))
 
 
 def examples(record: dict[str, Any], samples: list[dict[str, Any]], *, shown: bool) -> list[str]:
