@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf.config import CheckConfig, Config, NoninferiorityConfig, check_all
+from rlhf.config import CheckConfig, Config, NoninferiorityConfig, TaskConfig, check_all
 from rlhf.errors import ConfigError, RLHFError
 
 # Options of other samplers, whose samples would not have the log-probabilities that PPO computes for them.
@@ -146,7 +146,8 @@ def _omegaconf_message(error: OmegaConfBaseException, override: str) -> str:
     if "is not a subclass of CheckConfig" in text:
         return f"{key}: the policy has no such check; add one a level higher: '+gate.ppo={{degenerate: {{max: 0.1}}}}'"
     if unknown and key.startswith("gate.") and key.count(".") == 1:  # inside a check that a mapping adds
-        names = [field.name for cls in (CheckConfig, NoninferiorityConfig) for field in dataclasses.fields(cls)]
+        classes = (CheckConfig, NoninferiorityConfig, TaskConfig)
+        names = [field.name for cls in classes for field in dataclasses.fields(cls)]
         near = difflib.get_close_matches(unknown.group(1), names, 1)
         return f"{key}: a check has no key {unknown.group(1)!r}{f'; did you mean {near[0]}?' if near else ''}"
     if (unknown or "is not a subclass of" in text) and key not in schema_keys():

@@ -12,7 +12,7 @@ import yaml
 from runs import ROOT
 
 from rlhf.compose import schema_keys
-from rlhf.config import STAGES, CheckConfig, Config, NoninferiorityConfig, reference
+from rlhf.config import STAGES, CheckConfig, Config, NoninferiorityConfig, TaskConfig, reference
 
 PAGE = ROOT / "docs" / "reference" / "config.md"
 ROW = re.compile(r"^\| `([^`]+)` \| (.*?) \| (.*?) \| (.*) \|$", re.M)
@@ -33,8 +33,9 @@ def test_the_page_is_that_of_this_schema() -> None:
 def test_the_page_has_every_key_and_no_other() -> None:
     """The walk here is that of the error messages, not the page's own."""
     nodes = {key.rpartition(".")[0] for key in schema_keys()} | {f"gate.{stage}" for stage in STAGES}
-    nested = {f"noninferiority.{field.name}" for field in dataclasses.fields(NoninferiorityConfig)}
-    names = {field.name for field in dataclasses.fields(CheckConfig)} - {"noninferiority"} | nested
+    inner = {"noninferiority": NoninferiorityConfig, "task": TaskConfig}
+    nested = {f"{name}.{field.name}" for name, cls in inner.items() for field in dataclasses.fields(cls)}
+    names = {field.name for field in dataclasses.fields(CheckConfig)} - set(inner) | nested
     checks = {f"gate.<stage>.<check>.{name}" for name in names}
     told = {key for key, (takes, _, _) in rows().items() if takes != "node"}
     assert told == (set(schema_keys()) - nodes) | checks

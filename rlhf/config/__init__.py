@@ -13,7 +13,15 @@ from enum import Enum
 from typing import Any
 
 from rlhf.config.data import DataConfig, Intransitive, Overlong, SourceConfig
-from rlhf.config.gate import GRADES, CheckConfig, GateConfig, GateMode, NoninferiorityConfig, ScorerConfig
+from rlhf.config.gate import (
+    GRADES,
+    CheckConfig,
+    GateConfig,
+    GateMode,
+    NoninferiorityConfig,
+    ScorerConfig,
+    TaskConfig,
+)
 from rlhf.config.parts import EngineKind, LoraConfig, OptimConfig, Schedule, divides, require, shared_batch
 from rlhf.config.ppo import AlarmAction, AlarmConfig, CriticInit, Estimator, KlConfig, KlPlace, PpoConfig, PtxConfig
 
@@ -55,6 +63,7 @@ __all__ = [
     "SftConfig",
     "SourceConfig",
     "Stage",
+    "TaskConfig",
     "Ties",
     "TrackerConfig",
     "TrackerMode",

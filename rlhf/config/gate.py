@@ -22,14 +22,33 @@ class NoninferiorityConfig:
     """A paired comparison on the same prompts with the same seeds: the rate may not be that much above another's."""
 
     vs: list[str] = field(default_factory=list)  # sft, base, or names of gate.baselines; empty: no comparison
-    margin: float | None = None  # a rate: .01 is one point
+    margin: float | None = None  # a rate: .01 is one point; of lm_eval in the metric's own unit
 
     def check(self, key: str) -> None:
         if self.margin is None:
             require(not self.vs, f"{key}.margin", "must be given with `vs`: by how much the rate may be the higher")
         else:
             require(bool(self.vs), f"{key}.vs", "names what is compared with: sft, base, or a name of gate.baselines")
-            require(0 < self.margin < 1, f"{key}.margin", f"must lie between 0 and 1, not {self.margin}")
+            require(self.margin > 0, f"{key}.margin", f"must be above 0, not {self.margin}")
+
+
+@dataclass
+class TaskConfig:
+    """A task of lm-evaluation-harness, for checks of kind lm_eval."""
+
+    name: str | None = None  # of a task, a tag or a group, or the path of a task's YAML file
+    include_path: str | None = None  # folder of YAML files of your own, looked through before those of the harness
+    filter: str | None = None  # whose answers are scored; null: the task's only one
+    num_fewshot: int | None = None  # examples before each document; null: as many as the task says
+    chat_template: bool = False  # whether documents are put into the model's chat template
+    documents: int | None = None  # at most so many of each task, drawn with the gate's seed; null: all
+
+    def check(self, key: str) -> None:
+        alone = TaskConfig(name=self.name) == self
+        require(self.name is not None or alone, f"{key}.name", "names the task that the other keys are about")
+        for name, least in (("num_fewshot", 0), ("documents", 1)):
+            value = getattr(self, name)
+            require(value is None or value >= least, f"{key}.{name}", f"must be at least {least}, not {value}")
 
 
 @dataclass
@@ -39,7 +58,7 @@ class CheckConfig:
     kind: str = ""  # a name of rlhf.gates.checks; empty: the check's own id
     max: float | None = None  # the upper bound must not exceed it
     min: float | None = None  # the lower bound must not fall below it
-    within: list[float] | None = None  # [low, high]: neither bound may lie outside (length_ratio, bias_pairs)
+    within: list[float] | None = None  # [low, high]: neither bound may lie outside
     noninferiority: NoninferiorityConfig = field(default_factory=NoninferiorityConfig)  # of a rate, with `max` or alone
     min_n: int = 1  # fewer samples are INCONCLUSIVE
     record_only: bool = False  # measured and reported, never decides
@@ -48,7 +67,8 @@ class CheckConfig:
     group_by: str | None = None  # the tag whose values are compared (group_gap)
     suite: str | None = None  # a shipped suite or a file, in the place of the held-out gate prompts
     suite_format: str | None = None  # of that file; None: what its first row looks like
-    metric: str | None = None  # of rouge: rouge1, rouge2 or rougeL; null is rougeL
+    metric: str | None = None  # of rouge: rouge1, rouge2 or rougeL (null); of lm_eval: a metric of the task
+    task: TaskConfig = field(default_factory=TaskConfig)  # of lm_eval
     subsets_required: list[str] = field(default_factory=list)  # of the rankings; without one the check is INVALID
     min_grade: str | None = None  # of the scorer: smoke, basic, classifier or guard; one below it is INVALID
 
@@ -62,6 +82,11 @@ class CheckConfig:
         require(
             not (self.record_only and self.noninferiority.vs), f"{key}.noninferiority", "decides, record_only does not"
         )
+        margin = self.noninferiority.margin
+        require(
+            margin is None or margin < 1 or self.task.name is not None, f"{key}.noninferiority.margin",
+            f"must lie between 0 and 1, not {margin}",
+        )  # fmt: skip
         low, high = self.within if self.within is not None and len(self.within) == 2 else (0.0, 0.0)
         require(self.within is None or low < high, f"{key}.within", f"must be [low, high], not {self.within}")
         require(

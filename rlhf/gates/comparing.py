@@ -6,11 +6,13 @@ decides. That two rates are "not significantly different" is no evidence that th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from rlhf.config import CheckConfig
 from rlhf.errors import Invalid
-from rlhf.gates.deciding import SHOWN, Rules, worst_status
+from rlhf.gates.deciding import SHOWN, Rules, units_needed, worst_status
 from rlhf.gates.verdict import Finding
 from rlhf.statistics import pairs_needed, tango_interval
 
@@ -25,10 +27,15 @@ def decide_noninferior(
     Where the check has no limit of its own, the difference from the other that is nearest to its margin (or farthest
     beyond it) stands for estimate and bound.
     """
-    alone = check.max is None
-    found = [_compare(name, events, theirs, check, rules) for name, theirs in others.items()]
     first = next(iter(others.values()))
     finding.details["baseline"] = sum(first.values()) / len(first)
+    found = [compare_events(name, events, theirs, check, rules) for name, theirs in others.items()]
+    add_comparisons(finding, found, check, what)
+
+
+def add_comparisons(finding: Finding, found: list[Finding], check: CheckConfig, what: str) -> None:
+    """Make the status of `finding` the worst of its own and of those of the comparisons `found`."""
+    alone = check.max is None and check.min is None and check.within is None
     for one in found:
         finding.details |= one.details
     worst = max(found, key=lambda one: (worst_status([one.status]), one.bound or 0.0))
@@ -45,7 +52,46 @@ def decide_noninferior(
         finding.reason += f"; {worst.reason}"
 
 
-def _compare(name: str, events: Events, theirs: Events, check: CheckConfig, rules: Rules) -> Finding:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loss:
+    """By how much a model does worse than another on the same units, with a bound on each side."""
+
+    estimate: float
+    low: float
+    high: float
+    n: int
+    worst: list[str]  # units to look at
+    bound_kind: str
+
+
+def compare_losses(name: str, lost: Loss, check: CheckConfig) -> Finding:
+    """Judge a paired loss that is no difference of rates by the margin."""
+    margin = check.noninferiority.margin
+    assert margin is not None  # where there is a `vs`
+    finding = Finding(
+        status="PASS", n=lost.n, estimate=lost.estimate, bound=lost.high if math.isfinite(lost.high) else None,
+        bound_kind=lost.bound_kind, limit=margin, side="max", worst=lost.worst,
+        needed_n=units_needed(lost.n, lost.estimate, lost.high, margin),
+        details={f"difference[{name}]": lost.estimate, f"margin[{name}]": margin},
+    )  # fmt: skip
+    if finding.bound is not None:
+        finding.details[f"bound[{name}]"] = finding.bound
+    figures = f"against {name}: worse by {lost.estimate:.4f}, bound {lost.high:.4f}, margin {margin:g}"
+    if lost.low > margin:
+        finding.status, finding.reason = "FAIL", f"{figures}: shown to be worse"
+    elif lost.n < check.min_n or finding.bound is None:
+        least = f"n={lost.n} is below min_n={check.min_n}" if lost.n < check.min_n else "too few units differ"
+        finding.status, finding.reason = "INCONCLUSIVE", f"{figures}: {least}"
+    elif lost.high <= margin:
+        finding.reason = f"{figures}: the bound keeps the margin"
+    else:
+        more = f"; at this difference about n={finding.needed_n} would do" if finding.needed_n else ""
+        finding.status, finding.reason = "FAIL", f"{figures}: not shown to be no worse{more}"
+    return finding
+
+
+def compare_events(name: str, events: Events, theirs: Events, check: CheckConfig, rules: Rules) -> Finding:
+    """Judge the difference of two rates on the same units, the candidate's `events` less those of `name`."""
     margin = check.noninferiority.margin
     assert margin is not None  # where there is a `vs`
     if events.keys() != theirs.keys():

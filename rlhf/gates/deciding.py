@@ -87,7 +87,7 @@ def decide_mean(
     finding.worst = list(dict.fromkeys(cluster for _, cluster in ordered))[:SHOWN]
     if check.record_only:
         return finding
-    finding.needed_n = _units_needed(n, near.mean, near.bound, _limit(check))
+    finding.needed_n = units_needed(n, near.mean, near.bound, _limit(check))
     other = far.bound if math.isfinite(far.bound) else (-math.inf if maximum else math.inf)
     settle(finding, check, other=other, possible=finding.bound is not None, what=what)
     if finding.bound is None and finding.status == "INCONCLUSIVE":
@@ -106,7 +106,7 @@ def decide_within(finding: Finding, check: CheckConfig, low: float, high: float,
     finding.details |= {"low": low, "high": high, "at_least": least, "at_most": most}
     finding.side = "max" if high - most > least - low else "min"
     finding.bound, finding.limit = (high, most) if finding.side == "max" else (low, least)
-    finding.needed_n = _units_needed(finding.n, finding.estimate, finding.bound, finding.limit)
+    finding.needed_n = units_needed(finding.n, finding.estimate, finding.bound, finding.limit)
     what = f"{what}: [{low:.4g}, {high:.4g}] against [{least:g}, {most:g}]"
     if low > most or high < least:
         finding.status, finding.reason = "FAIL", f"{what}: shown to lie outside"
@@ -122,7 +122,7 @@ def decide_within(finding: Finding, check: CheckConfig, low: float, high: float,
         finding.status, finding.reason = "FAIL", f"{what}: not shown to lie inside"
 
 
-def _units_needed(n: int, estimate: float, bound: float, limit: float) -> int | None:
+def units_needed(n: int, estimate: float, bound: float, limit: float) -> int | None:
     """About how many units would bring the bound to the limit, as distances fall with the root of their number; None
     if the estimate itself does not keep it."""
     room, width = limit - estimate, bound - estimate

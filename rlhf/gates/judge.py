@@ -105,6 +105,8 @@ def _measure(request: GateRequest, wanted: set[str], scorer: Scorer | None, verd
     from rlhf.gates import measure  # torch and the models are needed from here on
 
     measured = measure.measure(request, wanted, scorer)
+    for scores in measured.tasks.get("", {}).values():
+        verdict.suite_digests[scores.name] = scores.documents
     verdict.samples = [sample.to_json() for sample in measured.samples]
     if measured.samples:
         verdict.generation = {
@@ -134,6 +136,7 @@ SOURCES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "samples": ((), "prompts", "no gate prompts: set data.gate_prompts.path, or data with held-out prompts"),
     "toxicity": ((), "prompts", ""),
     "pairs": ((), "pairs", "no sentence pairs: name a suite of them"),
+    "lm_eval": ((), "prompts", ""),
     "kl": (("sft",), "prompts", ""),
     "rewards": (("sft", "rm"), "prompts", ""),
     "gold": (("sft",), "gold", "no reward model that PPO was not paid by: rm.holdout=true or ppo.holdout=... has one"),

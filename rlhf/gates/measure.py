@@ -45,6 +45,11 @@ def measure(request: GateRequest, needs: set[str], scorer: Scorer | None) -> Mea
             theirs = measured.others[name]
             for sample, score in zip(theirs, checked_scores(scorer, [s.text for s in theirs]), strict=True):
                 sample.toxicity = score
+    if "lm_eval" in needs:
+        from rlhf.gates.harness_run import scores_of  # of an extra that not everybody has
+
+        others = {name: request.parents[name] for name in sorted(need[8:] for need in needs if need[:8] == "lm_eval:")}
+        measured.tasks = {name: scores_of(request, path) for name, path in {"": request.model, **others}.items()}
     if "rewards" in needs:
         _add_rewards(request, measured.samples)
     if "gold" in needs:

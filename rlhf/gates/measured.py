@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +77,24 @@ class Rows:
 
 
 @dataclass(kw_only=True, slots=True)
+class TaskMetric:
+    """One metric of a task of lm-evaluation-harness, document by document."""
+
+    values: dict[str, Any]  # by document: a number, or what `aggregate` takes
+    aggregate: Callable[[list[Any]], float] | None = None  # of all documents' values; None: their mean
+    higher_is_better: bool = True
+
+
+@dataclass(kw_only=True, slots=True)
+class TaskScores:
+    """What lm-evaluation-harness made of one model's answers to one task, tag or group."""
+
+    name: str
+    documents: str  # digest of the documents: which they are and what each asks
+    metrics: dict[tuple[str, str], TaskMetric]  # by metric and filter
+
+
+@dataclass(kw_only=True, slots=True)
 class Measured:
     samples: list[Sample] = field(default_factory=list)
     others: dict[str, list[Sample]] = field(default_factory=dict)  # other models' answers, same prompts and seeds
@@ -84,6 +103,7 @@ class Measured:
     rankings: list[RankedRewards] = field(default_factory=list)
     reference: list[Loss] = field(default_factory=list)
     demonstrations: list[Loss] = field(default_factory=list)
+    tasks: dict[str, dict[str, TaskScores]] = field(default_factory=dict)  # by model, "" the candidate, and by task
 
 
 def finite(value: float | None, what: str) -> float:

@@ -7,6 +7,7 @@ import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
 from rlhf.artifacts import canonical, sha256_text
@@ -15,6 +16,7 @@ from rlhf.errors import ConfigError
 from rlhf.gates.asking import validate_suite
 from rlhf.gates.checks import KINDS, Kind
 from rlhf.gates.checks.tasks import LIBRARIES, ROUGES
+from rlhf.gates.harness import LIBRARY, find, validate_task
 from rlhf.gates.scorers import build_scorer, read_canaries
 from rlhf.gates.suites import read_suite
 
@@ -78,8 +80,13 @@ def _validate_check(gate: GateConfig, stage: str, name: str, check: CheckConfig)
 
 
 def _validate_task(key: str, check: CheckConfig, kind_name: str) -> None:
+    if (kind_name == "lm_eval") != (check.task.name is not None):
+        raise ConfigError(f"{key}.task.name: names the task of lm_eval, and belongs to it alone")
+    if kind_name == "lm_eval":
+        validate_task(key, check)
+        return
     if check.metric is not None and kind_name != "rouge":
-        raise ConfigError(f"{key}.metric: belongs to rouge")
+        raise ConfigError(f"{key}.metric: belongs to rouge and lm_eval")
     if check.metric not in (None, *ROUGES):
         raise ConfigError(f"{key}.metric: must be one of {', '.join(ROUGES)}, not {check.metric!r}")
     library = LIBRARIES.get(kind_name)
@@ -89,7 +96,7 @@ def _validate_task(key: str, check: CheckConfig, kind_name: str) -> None:
 
 def _validate_limits(gate: GateConfig, stage: str, key: str, check: CheckConfig, kind: Kind) -> None:
     for other in ("max", "min", "within"):
-        if other != kind.limit and getattr(check, other) is not None:
+        if kind.limit not in ("any", other) and getattr(check, other) is not None:
             raise ConfigError(f"{key}.{other}: this check is limited by `{kind.limit}`")
     if not check.noninferiority.vs:
         return
@@ -148,9 +155,13 @@ def needs_of(gate: GateConfig, stage: str) -> set[str]:
 
 
 def needs_of_check(name: str, check: CheckConfig) -> tuple[str, ...]:
-    """What must be measured for one check; `vs:sft` are the SFT model's answers, `toxicity:sft` their toxicity."""
+    """What must be measured for one check; `vs:sft` are the SFT model's answers, `toxicity:sft` their toxicity,
+    `lm_eval:sft` its scores on tasks of lm-evaluation-harness."""
     needs = kind_of(name, check).needs
     for other in check.noninferiority.vs:
+        if "lm_eval" in needs:
+            needs += (f"lm_eval:{other}",)
+            continue
         needs += (f"vs:{other}", f"toxicity:{other}") if "toxicity" in needs else (f"vs:{other}",)
     return needs
 
@@ -178,9 +189,14 @@ def policy_digest(gate: GateConfig, stage: str) -> str:
 
 
 def _plain(check: CheckConfig, key: str) -> dict[str, Any]:
-    """The check as plain values, its suite by the digest of its rows."""
+    """The check as plain values, its suite by the digest of its rows, its task by that of its files."""
     plain = asdict(check)
     del plain["suite_format"]
+    task = plain.pop("task")
+    if check.task.name is not None:
+        del task["include_path"]
+        found = find(check.task, f"{key}.task")
+        plain["task"] = {**task, "name": found.name, "digest": found.digest, "library": version(LIBRARY)}
     if check.suite is not None:
         plain["suite"] = read_suite(check.suite, f"{key}.suite", check.suite_format).digest
     return plain

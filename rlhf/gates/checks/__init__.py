@@ -7,6 +7,7 @@ be measured for it, at which stages it makes sense and whether its limit is a `m
 from __future__ import annotations
 
 from rlhf.gates.checks.base import SAFE, UNSAFE, Check, Kind, has_tags, no_prompts
+from rlhf.gates.checks.harness import lm_eval
 from rlhf.gates.checks.parents import (
     forgetting,
     gold_reward,
@@ -42,6 +43,7 @@ KINDS: dict[str, Kind] = {
     "task_f1": Kind(task_f1, ("samples",), "min"),
     "bleu": Kind(bleu, ("samples",), "min"),
     "rouge": Kind(rouge, ("samples",), "min"),
+    "lm_eval": Kind(lm_eval, ("lm_eval",), "any", paired=True),
     "forgetting": Kind(forgetting, ("reference",), "max"),
     "perplexity_gain": Kind(perplexity_gain, ("demonstrations",), "max"),
     "accuracy": Kind(accuracy, ("rankings",), "min", ("rm",)),

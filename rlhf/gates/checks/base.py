@@ -24,7 +24,7 @@ Bad = Callable[[Sample], bool]
 class Kind:
     run: Check
     needs: tuple[str, ...]  # names of judge.SOURCES
-    limit: str | None  # "max", "min", "within", or None: can only be recorded
+    limit: str | None  # "max", "min", "within", "any" of them, or None: can only be recorded
     stages: tuple[str, ...] = ("sft", "ppo")
     where: dict[str, Any] = field(default_factory=dict)  # tags that its prompts must have, beside the policy's
     paired: bool = False  # a rate of bad responses, which `noninferiority` can compare with that of other models
