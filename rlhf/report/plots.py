@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from rlhf.report.reading import Json
 
@@ -77,8 +78,9 @@ def points(rows: Sequence[Json], x: str, y: str) -> list[tuple[float, float]]:
 
 
 def picture(title: str, alt: str, size: tuple[float, float] = (4.2, 2.6)) -> tuple[Figure, Axes]:
-    """An empty figure; `alt` says what it will show."""
-    figure = Figure(figsize=size, layout="constrained")
+    """An empty figure; `alt` says what it will show. Its margins are fixed: a layout engine draws it a second time."""
+    figure = Figure(figsize=size)
+    figure.subplots_adjust(left=0.18, right=0.97, bottom=0.19, top=0.92)
     figure.set_label(alt)
     axes = figure.add_subplot()
     axes.set_gid(title)
@@ -107,6 +109,7 @@ def curve(spec: Curve, runs: Sequence[tuple[str, Sequence[Json]]]) -> Picture:
         for name, line in series:
             few = len(line) <= 12
             axes.plot(*zip(*line, strict=True), marker="o" if few else "", markersize=3.5, label=literal(name))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("update")
         axes.set_ylabel(spec.unit)
         axes.legend(fontsize=8)
