@@ -24,7 +24,13 @@ from rlhf import pulse
 from rlhf.checkpoints import finish_checkpoint, load_best, read_best, save_best
 from rlhf.config import Dtype, EngineKind, ModelConfig, OptimConfig, Schedule, shared_batch
 from rlhf.console import Bar, progress
-from rlhf.engine.deepspeed import choose_backend, close_deepspeed, gradient_norm, trainer_config
+from rlhf.engine.deepspeed import (
+    choose_backend,
+    close_deepspeed,
+    gradient_norm,
+    share_master_weights,
+    trainer_config,
+)
 from rlhf.errors import Preempted, TrainingError
 from rlhf.sharing import Blank, Rows, SharedRows
 
@@ -216,6 +222,10 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
 
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.loop = trainer, trainer.loop
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.loop.plan.engine.zero:
+            share_master_weights(self.trainer.deepspeed.optimizer)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         norm = self._clipped(kwargs["model"])

@@ -61,6 +61,20 @@ def trainer_config(kind: EngineKind, micro: int, accumulation: int, max_norm: fl
     }  # fmt: skip
 
 
+def share_master_weights(optimizer: Any) -> None:
+    """Under ZeRO-3 in float32 DeepSpeed steps on one copy of a rank's weights and computes with another of the same
+    numbers: let them be one. It means to do so itself, but compares a device with a device's name.
+
+    ZeRO-1 and 2 keep their copy, since DeepSpeed has given out views of it by now.
+    """
+    if not hasattr(optimizer, "fp32_partitioned_groups_flat") or optimizer.offload_optimizer:
+        return
+    pairs = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True)
+    for stepped, computed in pairs:
+        if (stepped.dtype, stepped.device) == (computed.dtype, computed.device):
+            stepped.data = computed.data
+
+
 def close_deepspeed(trainer: Any) -> None:
     """Let go of the trainer's engine, so that models are loaded whole again."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config

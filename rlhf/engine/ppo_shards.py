@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from rlhf.adapters import RoleModel, SharedBase
 from rlhf.config import EngineKind
-from rlhf.engine.deepspeed import choose_backend, trainer_config
+from rlhf.engine.deepspeed import choose_backend, share_master_weights, trainer_config
 from rlhf.engine.ppo import Weights, check_names, copied, fill
 from rlhf.engine.ranks import Ranks
 from rlhf.last_layer import usable_blocks
@@ -133,6 +133,7 @@ class ShardTrainer:
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )  # fmt: skip
+        share_master_weights(self.engine.optimizer)
         self.module, self.model, self.ranks = model, self.engine, ranks
 
     def set_rate(self, rate: float) -> None:
