@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from quickstart_runs import Quickstart, quickstart
 from score_server import Server
+from two_ranks import TwoRanks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -72,6 +73,14 @@ def lab(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> An
     from pipeline_lab import make_lab
 
     return make_lab(tmp_path, tiny_model, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[TwoRanks]:
+    """Two ranks on the CPU; their start costs more than most of what is tried on them."""
+    made = TwoRanks()
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

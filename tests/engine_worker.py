@@ -39,6 +39,7 @@ class Job:
     nan_at: int | None = None  # the update in which rank 1's loss is not a number
     lose: str = ""  # a file that is lost from the newest checkpoint, whose seal is then made to fit
     learning_rate: float = 1e-3
+    bf16: bool = False
 
     def changed(self, **changes: Any) -> Job:
         return dataclasses.replace(self, **changes)
@@ -48,12 +49,14 @@ def configured(job: Job, ranks: Any) -> tuple[Any, Any]:
     """The configuration and the context of a job."""
     from supervised_toys import make_config, make_context
 
-    from rlhf.config import LoraConfig
+    from rlhf.config import Dtype, LoraConfig
 
     cfg = make_config(job.engine, micro_batch=job.micro, epochs=job.epochs, learning_rate=job.learning_rate)
     stage = getattr(cfg, job.stage)
     if job.lora:
         stage.lora = LoraConfig(enabled=True, r=2, alpha=4)
+    if job.bf16:
+        cfg.model.dtype = Dtype.bfloat16
     context = make_context(Path(job.folder), Path(job.base), job.rows, job.stop_at, ranks=ranks)
     return cfg, context
 
@@ -93,6 +96,11 @@ def perform(job: Job, ranks: Any) -> dict[str, Any]:
     series = {name: {str(k): v for k, v in context.tracker.values(name).items()}
               for name in ("train/loss", "train/grad_norm", "eval/loss")}  # fmt: skip
     return {"metrics": result.metrics, "updates": result.updates, **series}
+
+
+def in_turn(ranks: Any, job: Job) -> dict[str, Any]:
+    """`perform` as tests/two_ranks.py calls it."""
+    return perform(job, ranks)
 
 
 def poisoned(trainer: Any, update: int, here: bool) -> Any:

@@ -69,12 +69,20 @@ def given_episodes(roles: Roles) -> list[Episode]:
     return episodes
 
 
-def three_updates(ranks: Ranks, kind: str, lora: bool, engine: str, changes: dict[str, Any]) -> list[dict[str, float]]:
+def three_updates_in_bf16(ranks: Ranks, kind: str, lora: bool, engine: str) -> list[dict[str, float]]:
+    """As the stage makes them with model.dtype=bfloat16."""
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        return three_updates(ranks, kind, lora, engine, {}, mixed=True)
+
+
+def three_updates(
+    ranks: Ranks, kind: str, lora: bool, engine: str, changes: dict[str, Any], mixed: bool = False
+) -> list[dict[str, float]]:
     """The metrics of three updates on given rollouts, the values read by the critic each time."""
     torch.manual_seed(0)
     roles = roles_of(kind, lora)
     episodes = given_episodes(roles)
-    placement = place(EngineConfig(kind=EngineKind[engine]), ranks)
+    placement = place(EngineConfig(kind=EngineKind[engine]), ranks, mixed=mixed)
     placement.freeze(roles.reference)
     fast = {"learning_rate": 1e-3, "critic_learning_rate": 1e-3, "micro_tokens": 20, "temperature": 0.8}
     learner = Learner(roles, ppo_config(**{**fast, **changes}), 0, (), placement)
@@ -204,8 +212,8 @@ def gathers(ranks: Ranks, folder: Path, model: Path) -> list[tuple[int, int]]:
 
 
 def share_held(ranks: Ranks) -> float:
-    """Bytes of all float tensors of a rank under ZeRO-3 after an update, over what one rank alone has under it:
-    20 bytes a trained weight in fp32 (weight, DeepSpeed's master copy, gradient, two moments), 4 a frozen one."""
+    """Bytes of all float tensors of a rank under ZeRO-3 after an update, over what one rank alone holds: 16 bytes a
+    trained weight in fp32 (weight, gradient, two moments), 4 a frozen one."""
     from rlhf.engine import deepspeed as module
 
     module.BUCKET = 1000  # else the buffers for what is sent are most of it
@@ -218,7 +226,7 @@ def share_held(ranks: Ranks) -> float:
     policy = LlamaForCausalLM(llama).eval()
     roles = assemble(policy, copy.deepcopy(policy.base_model))
     episodes = given_episodes(roles)
-    alone = sum(size * p.numel() for model, size in ((roles.policy, 20), (roles.critic, 20), (roles.reference, 4))
+    alone = sum(size * p.numel() for model, size in ((roles.policy, 16), (roles.critic, 16), (roles.reference, 4))
                 for p in model.parameters())  # fmt: skip
     placement = place(EngineConfig(kind=EngineKind.zero3), ranks)
     placement.freeze(roles.reference)

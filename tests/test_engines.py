@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from engine_worker import Job, perform, run_jobs
+from engine_worker import Job, in_turn, perform, run_jobs
 from runs import TINY, read_json, rlhf, write_data
 from safetensors.torch import load_file
 from supervised_toys import tiny_base
+from two_ranks import TwoRanks
 
-from rlhf.config import shared_batch
+from rlhf.artifacts import seal, write_json
+from rlhf.checkpoints import find_resume
+from rlhf.config import EngineKind, shared_batch
 from rlhf.engine.ranks import Ranks
 from rlhf.errors import ConfigError
 from rlhf.sharing import SharedRows, micro_steps, own_share
@@ -33,8 +36,8 @@ Cell = tuple[str, str, str, int]
 class Lab:
     """Jobs on two ranks, and the same on one rank without an engine."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.base = folder, tiny_base(folder / "base")
+    def __init__(self, folder: Path, pair: TwoRanks) -> None:
+        self.folder, self.base, self.pair = folder, tiny_base(folder / "base"), pair
         self._alone: dict[str, tuple[Path, dict[str, Any]]] = {}
 
     def job(self, cell: Cell, name: str, **changes: Any) -> Job:
@@ -55,13 +58,12 @@ class Lab:
 
     def together(self, cells: list[Cell]) -> list[tuple[Path, dict[str, Any]]]:
         jobs = [self.job(cell, "-".join(map(str, cell))) for cell in cells]
-        said = run_jobs(self.folder / "jobs", jobs)
-        return [(Path(job.folder), ranks[0]) for job, ranks in zip(jobs, said, strict=True)]
+        return [(Path(job.folder), self.pair.call(in_turn, job)[0]) for job in jobs]
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("engines"))
+def lab(tmp_path_factory: pytest.TempPathFactory, pair: TwoRanks) -> Lab:
+    return Lab(tmp_path_factory.mktemp("engines"), pair)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -94,6 +96,20 @@ def test_two_ranks_make_the_updates_of_one(lab: Lab) -> None:
 def test_every_engine_makes_the_updates_of_one_process(lab: Lab) -> None:
     for cell, found in zip(MATRIX, lab.together(MATRIX), strict=True):
         agree(found, lab.alone(cell))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "engine"), [("sft", "ddp"), ("sft", "zero2"), ("rm", "zero3")])
+def test_bf16_has_the_losses_of_one_process_to_a_hundredth(lab: Lab, stage: str, engine: str) -> None:
+    """bf16 arithmetic, and with DeepSpeed bf16 weights in the model. The losses of float32 are as far off."""
+    cell = (stage, "full", engine, 24)
+    job = lab.job(cell, f"bf16-{stage}-{engine}", bf16=True)
+    alone = lab.job((stage, "full", "single", 24), f"bf16-{stage}-{engine}-alone", bf16=True)
+    found, expected, exact = lab.pair.call(in_turn, job)[0], perform(alone, Ranks()), lab.alone(cell)[1]
+    for series in ("train/loss", "eval/loss"):
+        assert found[series] == pytest.approx(expected[series], rel=1e-2), series
+        assert found[series] == pytest.approx(exact[series], rel=1e-2), series
+    assert found["train/loss"] != exact["train/loss"], "it was bf16"
 
 
 KINDS = [("sft", "full", "ddp"), ("sft", "full", "zero2"), ("rm", "full", "zero3"), ("sft", "lora", "zero3"),
@@ -178,6 +194,22 @@ def test_evaluation_is_shared_with_as_many_passes_on_each_rank() -> None:
     assert own_share("a", Ranks(1, 2)) == (["a"], 0)
 
 
+def test_a_checkpoint_is_for_the_engine_and_ranks_that_made_it(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    for name in ("trainer_state.json", "scheduler.pt", "rng_state.pth", "optimizer.pt"):
+        (folder / name).write_text("of one rank", encoding="utf-8")
+    write_json(folder / "engine.json", {"engine": "single", "ranks": 1})
+    seal(folder)
+    assert find_resume(tmp_path, EngineKind.single, Ranks()) == folder
+    with pytest.raises(ConfigError, match=r"made by engine=single on 1 ranks, and this is engine=zero2 on 1: go on"):
+        find_resume(tmp_path, EngineKind.zero2, Ranks())
+    write_json(folder / "engine.json", {"engine": "ddp", "ranks": 2})
+    seal(folder)
+    with pytest.raises(ConfigError, match=r"made by engine=ddp on 2 ranks, and this is engine=single on 1"):
+        find_resume(tmp_path, EngineKind.single, Ranks())
+
+
 def test_a_batch_that_does_not_divide_names_the_nearest_that_does() -> None:
     assert shared_batch(16, 4, 2, "rm.optim") == (4, 2)
     assert shared_batch(16, 16, 2, "rm.optim") == (8, 1)  # at most: a rank has 8 rows
@@ -188,7 +220,6 @@ def test_a_batch_that_does_not_divide_names_the_nearest_that_does() -> None:
 
 
 def test_deepspeeds_configuration_is_that_of_its_json() -> None:
-    from rlhf.config import EngineKind
     from rlhf.engine.deepspeed import trainer_config
 
     made = trainer_config(EngineKind.zero3_offload, 2, 4, 1.0, bf16=True)

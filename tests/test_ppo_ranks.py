@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,12 @@ from rlhf.ppo.sharing import own_groups, own_passes, shares
 from rlhf.rollout import decode_groups
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
-FAST = (("llama", False, "ddp"), ("llama", True, "zero3"))
+FAST = (("llama", False, "ddp", False), ("llama", False, "ddp", True), ("llama", True, "zero3", False))
 BATCH = {"batch": 12, "minibatch": 6, "decode_group": 3, "keep_checkpoints": 9}
 
 
-@pytest.fixture(scope="module")
-def ranked() -> Iterator[TwoRanks]:
-    pair = TwoRanks()
-    yield pair
-    pair.close()
-
-
-def on_one(ranked: TwoRanks, function: Any, *arguments: Any) -> Any:
-    return ranked.call(ppo_cells.alone, function, *arguments)[0]
+def on_one(pair: TwoRanks, function: Any, *arguments: Any) -> Any:
+    return pair.call(ppo_cells.alone, function, *arguments)[0]
 
 
 # ---- who does what
@@ -75,26 +67,45 @@ def assert_close(one: list[dict[str, float]], two: list[dict[str, float]], rel: 
 
 
 @pytest.mark.parametrize(
-    ("kind", "lora", "engine"),
+    ("kind", "lora", "engine", "ends"),
     [
-        pytest.param(kind, lora, engine, marks=() if (kind, lora, engine) in FAST else pytest.mark.slow)
+        pytest.param(kind, lora, engine, ends, marks=() if (kind, lora, engine, ends) in FAST else pytest.mark.slow)
+        for ends in (False, True)
         for engine in ENGINES
         for lora in (False, True)
         for kind in ("llama", "gpt2")
     ],
 )
-def test_three_updates_have_the_losses_of_one_process(ranked: TwoRanks, kind: str, lora: bool, engine: str) -> None:
-    for changes in ({}, {"target_kl": 0.01, "epochs": 3}):
-        one = on_one(ranked, ppo_cells.three_updates, kind, lora, "single", changes)
-        both = ranked.call(ppo_cells.three_updates, kind, lora, engine, changes)
-        assert both[0] == both[1]
-        assert_close(one, both[0])
-    assert one[2]["policy/steps"] < 6  # target_kl has ended an update
+def test_three_updates_have_the_losses_of_one_process(
+    pair: TwoRanks, kind: str, lora: bool, engine: str, ends: bool
+) -> None:
+    """ends: `target_kl` ends an update."""
+    changes = {"target_kl": 0.01, "epochs": 3} if ends else {}
+    one = on_one(pair, ppo_cells.three_updates, kind, lora, "single", changes)
+    both = pair.call(ppo_cells.three_updates, kind, lora, engine, changes)
+    assert both[0] == both[1]
+    assert_close(one, both[0])
+    if ends:
+        assert one[2]["policy/steps"] < 6
 
 
-def test_rollouts_are_the_same_bits_on_two_ranks(ranked: TwoRanks, tiny_model: Path) -> None:
-    one = on_one(ranked, ppo_cells.rolled_out, tiny_model, 3)
-    assert ranked.call(ppo_cells.rolled_out, tiny_model, 3) == [one, one]
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_bf16_has_the_losses_of_one_process_to_a_hundredth(pair: TwoRanks, lora: bool, engine: str) -> None:
+    one = on_one(pair, ppo_cells.three_updates_in_bf16, "llama", lora, "single")
+    both = pair.call(ppo_cells.three_updates_in_bf16, "llama", lora, engine)
+    exact = on_one(pair, ppo_cells.three_updates, "llama", lora, "single", {})
+    for name in ("policy/loss", "critic/loss", "policy/entropy"):
+        for a, b, c in zip(one, both[0], exact, strict=True):
+            assert b[name] == pytest.approx(a[name], rel=1e-2, abs=1e-2)
+            assert b[name] == pytest.approx(c[name], rel=1e-2, abs=1e-2)
+    assert both[0][0]["critic/loss"] != exact[0]["critic/loss"], "it was bf16"
+
+
+def test_rollouts_are_the_same_bits_on_two_ranks(pair: TwoRanks, tiny_model: Path) -> None:
+    one = on_one(pair, ppo_cells.rolled_out, tiny_model, 3)
+    assert pair.call(ppo_cells.rolled_out, tiny_model, 3) == [one, one]
     assert len(one) == 10 and len({text for _, _, text in one}) > 5
 
 
@@ -102,14 +113,14 @@ def test_rollouts_are_the_same_bits_on_two_ranks(ranked: TwoRanks, tiny_model: P
 
 
 @pytest.mark.slow
-def test_a_rollout_costs_one_gather(tmp_path: Path, ranked: TwoRanks, tiny_model: Path) -> None:
+def test_a_rollout_costs_one_gather(tmp_path: Path, pair: TwoRanks, tiny_model: Path) -> None:
     """No module's weights are fetched before the rollout has ended."""
-    assert ranked.call(ppo_cells.gathers, tmp_path, tiny_model) == [[(1, 0), (1, 0)]] * 2
+    assert pair.call(ppo_cells.gathers, tmp_path, tiny_model) == [[(1, 0), (1, 0)]] * 2
 
 
 @pytest.mark.slow
-def test_a_rank_holds_its_share(ranked: TwoRanks) -> None:
-    assert all(share <= 0.6 for share in ranked.call(ppo_cells.share_held))
+def test_a_rank_holds_its_share(pair: TwoRanks) -> None:
+    assert all(share <= 0.6 for share in pair.call(ppo_cells.share_held))
 
 
 # ---- the stage
@@ -117,15 +128,15 @@ def test_a_rank_holds_its_share(ranked: TwoRanks) -> None:
 
 @pytest.fixture(scope="module", params=["ddp", "zero2", "zero3"])
 def unbroken(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, ranked: TwoRanks
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pair: TwoRanks
 ) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp(request.param) / "ppo"
-    assert stage(ranked, folder, tiny_model, request.param) == [("finished", 3)] * 2
+    assert stage(pair, folder, tiny_model, request.param) == [("finished", 3)] * 2
     return request.param, folder
 
 
-def stage(ranked: TwoRanks, folder: Path, model: Path, engine: str, stop_after: int = 0, **changes: Any) -> Any:
-    found = ranked.call(ppo_cells.stage, folder, model, engine, {**BATCH, **changes}, stop_after)
+def stage(pair: TwoRanks, folder: Path, model: Path, engine: str, stop_after: int = 0, **changes: Any) -> Any:
+    found = pair.call(ppo_cells.stage, folder, model, engine, {**BATCH, **changes}, stop_after)
     assert found[0]["metrics"].keys() == found[1]["metrics"].keys()
     return [(each["stop_reason"], each["updates"]) for each in found]
 
@@ -138,9 +149,9 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_has_the_numbers_of_one_process(
-    tmp_path: Path, ranked: TwoRanks, tiny_model: Path, unbroken: tuple[str, Path]
+    tmp_path: Path, pair: TwoRanks, tiny_model: Path, unbroken: tuple[str, Path]
 ) -> None:
-    on_one(ranked, ppo_cells.stage, tmp_path, tiny_model, "single", BATCH)
+    on_one(pair, ppo_cells.stage, tmp_path, tiny_model, "single", BATCH)
     for a, b in zip(metrics(tmp_path), metrics(unbroken[1]), strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
     one, two = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path, unbroken[1]))
@@ -150,48 +161,48 @@ def test_a_run_has_the_numbers_of_one_process(
 
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(
-    tmp_path: Path, ranked: TwoRanks, tiny_model: Path, unbroken: tuple[str, Path]
+    tmp_path: Path, pair: TwoRanks, tiny_model: Path, unbroken: tuple[str, Path]
 ) -> None:
     engine, whole = unbroken
     with pytest.raises(CallFailed) as failed:
-        stage(ranked, tmp_path, tiny_model, engine, stop_after=2)
+        stage(pair, tmp_path, tiny_model, engine, stop_after=2)
     assert [problem[0] for problem in failed.value.problems] == ["Preempted"] * 2
     files = {file.name for file in (tmp_path / "checkpoints" / "step-2").iterdir()}
     assert files == {"policy.safetensors", "critic.safetensors", "optimizers.pt", "optimizers-1.pt", "state.json",
                      "digests.json"}  # fmt: skip
-    assert stage(ranked, tmp_path, tiny_model, engine) == [("finished", 3)] * 2
+    assert stage(pair, tmp_path, tiny_model, engine) == [("finished", 3)] * 2
     assert_same_run(tmp_path, whole)
 
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_run_and_the_next_goes_on_bit_for_bit(
-    tmp_path: Path, ranked: TwoRanks, tiny_model: Path, unbroken: tuple[str, Path]
+    tmp_path: Path, pair: TwoRanks, tiny_model: Path, unbroken: tuple[str, Path]
 ) -> None:
     engine, whole = unbroken
     with pytest.raises(CallFailed) as failed:
-        ranked.call(ppo_cells.killed_stage, tmp_path, tiny_model, engine, BATCH)
+        pair.call(ppo_cells.killed_stage, tmp_path, tiny_model, engine, BATCH)
     assert failed.value.problems[1] == ("Died", "")
     assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-1", "step-2"]
-    assert stage(ranked, tmp_path, tiny_model, engine) == [("finished", 3)] * 2
+    assert stage(pair, tmp_path, tiny_model, engine) == [("finished", 3)] * 2
     assert_same_run(tmp_path, whole)
 
 
 @pytest.mark.slow
 def test_another_engine_or_number_of_ranks_is_refused_by_name(
-    tmp_path: Path, ranked: TwoRanks, tiny_model: Path, unbroken: tuple[str, Path]
+    tmp_path: Path, pair: TwoRanks, tiny_model: Path, unbroken: tuple[str, Path]
 ) -> None:
     engine, whole = unbroken
     (tmp_path / "checkpoints").symlink_to(whole / "checkpoints")
     assert read_json(whole / "checkpoints" / "step-3" / "state.json")["engine"] == {"kind": engine, "ranks": 2}
     with pytest.raises(CallFailed) as failed:
-        on_one(ranked, ppo_cells.stage, tmp_path, tiny_model, "single", BATCH)
+        on_one(pair, ppo_cells.stage, tmp_path, tiny_model, "single", BATCH)
     kind, text = failed.value.problems[0]
     assert kind == "ConfigError" and f"engine: {tmp_path}" in text
     assert f"made by engine={engine} on 2 ranks, and this is engine=single on 1" in text
 
 
 @pytest.mark.slow
-def test_what_one_rank_finds_ends_both_by_name(tmp_path: Path, ranked: TwoRanks, tiny_model: Path) -> None:
+def test_what_one_rank_finds_ends_both_by_name(tmp_path: Path, pair: TwoRanks, tiny_model: Path) -> None:
     """A reward that is not a number, on the rank that has the row; a loss that is not."""
     for engine, function, text in (
         ("ddp", ppo_cells.bad_reward, "row help me 1: the score is nan"),
@@ -199,7 +210,7 @@ def test_what_one_rank_finds_ends_both_by_name(tmp_path: Path, ranked: TwoRanks,
         ("zero3", ppo_cells.bad_loss, "policy loss is not finite in update 1, rows row 3:"),
     ):
         with pytest.raises(CallFailed) as failed:
-            ranked.call(function, tmp_path, tiny_model, engine)
+            pair.call(function, tmp_path, tiny_model, engine)
         for kind, message in failed.value.problems:
             assert kind == "TrainingError" and text in message
 
@@ -207,30 +218,30 @@ def test_what_one_rank_finds_ends_both_by_name(tmp_path: Path, ranked: TwoRanks,
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
 def test_a_rank_with_nothing_to_do_holds_nobody_up(
-    tmp_path: Path, ranked: TwoRanks, tiny_model: Path, engine: str
+    tmp_path: Path, pair: TwoRanks, tiny_model: Path, engine: str
 ) -> None:
     """One decode group, one episode a minibatch, and responses that are an end token alone."""
     lonely = {"batch": 2, "minibatch": 1, "decode_group": 64, "eval_prompts": 1, "max_new_tokens": 1}
-    assert stage(ranked, tmp_path / "lonely", tiny_model, engine, **lonely) == [("finished", 3)] * 2
-    ended = ranked.call(ppo_cells.only_ends, tmp_path / "ends", tiny_model, engine, BATCH)
+    assert stage(pair, tmp_path / "lonely", tiny_model, engine, **lonely) == [("finished", 3)] * 2
+    ended = pair.call(ppo_cells.only_ends, tmp_path / "ends", tiny_model, engine, BATCH)
     assert [each["metrics"]["rollout/length"] for each in ended] == [1, 1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
 def test_the_best_and_the_average_are_kept_on_two_ranks(
-    tmp_path: Path, ranked: TwoRanks, tiny_model: Path, engine: str
+    tmp_path: Path, pair: TwoRanks, tiny_model: Path, engine: str
 ) -> None:
     kl = KlConfig(coef=0.0, budget=0.01, patience=1)
     changes = {"updates": 9, "eval_every": 1, "learning_rate": 0.05, "kl": kl}
-    assert {reason for reason, _ in stage(ranked, tmp_path / "best", tiny_model, engine, **changes)} == {"kl_budget"}
+    assert {reason for reason, _ in stage(pair, tmp_path / "best", tiny_model, engine, **changes)} == {"kl_budget"}
     best = load_file(checkpoints(tmp_path / "best" / "checkpoints")[-1] / "best.safetensors")
-    stage(ranked, tmp_path / "average", tiny_model, engine, ema=0.5)
+    stage(pair, tmp_path / "average", tiny_model, engine, ema=0.5)
     average = load_file(checkpoints(tmp_path / "average" / "checkpoints")[-1] / "average.safetensors")
     for name, kept in (("best", best), ("average", average)):
         saved = load_file(tmp_path / name / "model" / "model.safetensors")
         assert all(torch.equal(saved[key], tensor) for key, tensor in kept.items())
     with pytest.raises(CallFailed):
-        stage(ranked, tmp_path / "cut", tiny_model, engine, stop_after=2, ema=0.5)
-    stage(ranked, tmp_path / "cut", tiny_model, engine, ema=0.5)
+        stage(pair, tmp_path / "cut", tiny_model, engine, stop_after=2, ema=0.5)
+    stage(pair, tmp_path / "cut", tiny_model, engine, ema=0.5)
     assert_same_run(tmp_path / "cut", tmp_path / "average")
