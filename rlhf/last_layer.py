@@ -47,6 +47,11 @@ def usable_blocks(model: Any) -> list[nn.Module]:
     return blocks if blocks and _usable[body] else []
 
 
+def trust_blocks(model: Any) -> None:
+    """Do not try a model that has no data to be tried with: its blocks, if it has them, may run at some places only."""
+    _usable[model] = True
+
+
 @contextmanager
 def _picked(blocks: list[nn.Module], take_N: Tensor) -> Iterator[None]:
     with ExitStack() as stack:

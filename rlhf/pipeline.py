@@ -190,10 +190,11 @@ class Run(RunDir):
     def check_intact(self, stage: str, manifest: dict[str, Any]) -> None:
         """Raise LineageError unless the stage's files are those of its manifest, and that the one of the ledger."""
         folder = self.folder(stage)
-        self._check_entered(stage, folder, manifest)
+        self.check_entered(stage, folder, manifest)
         check_intact(folder, manifest, f"restore it, or delete {folder} and run again")
 
-    def _check_entered(self, stage: str, folder: Path, manifest: dict[str, Any]) -> None:
+    def check_entered(self, stage: str, folder: Path, manifest: dict[str, Any]) -> None:
+        """Raise LineageError unless the manifest is the one that the ledger holds."""
         if (folder / STARTED).exists():  # killed between its manifest and its entry: the next run settles it
             return
         entered = self.ledger_of(folder).last(("finished", "imported"), stage) or {}
@@ -218,7 +219,7 @@ class Run(RunDir):
         manifest = read_manifest(folder)
         if manifest is not None and manifest.get("imported") == str(model):
             if manifest["digest"] == digest:
-                self._check_entered(stage, folder, manifest)
+                self.check_entered(stage, folder, manifest)
                 return manifest
             if not self.cfg.run.fresh:
                 raise LineageError(

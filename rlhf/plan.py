@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
-import torch
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf.artifacts import latest_checkpoint, read_json
-from rlhf.config import Config, CriticInit, GateMode, LoraConfig, Stage, stage_config
-from rlhf.encoders import scorer_skeleton
+from rlhf.artifacts import folder_digest, latest_checkpoint, read_json
+from rlhf.config import Config, GateMode, Stage, shared_batch, stage_config
 from rlhf.errors import ConfigError, LineageError, RLHFError
-from rlhf.lora import add_lora
+from rlhf.gates.policy import policy_digest
 from rlhf.manifest import STARTED, VERDICT, differences, read_manifest, recipe_of
 from rlhf.pipeline import UNUSED, Run
-from rlhf.preflight import reward_models
-
-MIB = 1024**2
+from rlhf.plan_memory import peaks_table, ranks_asked, roles_table
+from rlhf.preflight import check_batches, validate
 
 
 def plan_tables(run: Run, stages: tuple[str, ...]) -> Iterator[Table]:
     """The tables in the order in which they are shown."""
     yield _graph(run, stages)
     yield _batches(run.cfg)
-    yield _memory(run)
+    yield roles_table(run)
+    yield peaks_table(run, stages)
 
 
 def _graph(run: Run, stages: tuple[str, ...]) -> Table:
@@ -34,19 +29,40 @@ def _graph(run: Run, stages: tuple[str, ...]) -> Table:
     for column in ("stage", "parents", "would be", "why"):
         table.add_column(column, overflow="fold")
     dirty: set[str] = set()
-    if run.world is not None and not run.folder("world").is_dir():
-        table.add_row("world", "", "built", "base model, data and annotators of the quickstart")
-        dirty.add("world")
-    else:
-        run.build_world()
+    stopped = ""  # why no later stage would be reached
+    try:
+        check_batches(run, stages)
+        if run.world is not None and not run.folder("world").is_dir():
+            table.add_row("world", "", "built", "base model, data and annotators of the quickstart")
+            dirty.add("world")
+        else:
+            run.build_world()
+            validate(run, stages)
+    except RLHFError as error:
+        table.add_row("before any", "", "refused", str(error))
+        stopped = "the command ends before any stage"
     for stage in stages:
         if stage == "ppo" and "rm" not in stages and run.cfg.stage is Stage.all:
             table.add_row("rm", "", "left out", UNUSED.partition(": ")[2])
-        action, why = _parents_allow(run, stage, stages) or _action(run, stage, dirty)
+        action, why = ("not reached", stopped) if stopped else _action(run, stage, stages, dirty)
         if action != "skipped":
             dirty.add(stage)
+        stopped = stopped or _ends_here(run, stage, action)
         table.add_row(stage, ", ".join(run.parents_of(stage)) or "base", action, why)
     return table
+
+
+def _ends_here(run: Run, stage: str, action: str) -> str:
+    """Why do=run would go no further than this stage; nothing if it would, as far as can be said before it is run."""
+    if action == "refused":
+        return f"{stage} is refused"
+    verdict = run.dir / stage / VERDICT
+    if action == "skipped" and run.cfg.gate.mode is GateMode.enforce and verdict.exists():
+        stored, waived = read_json(verdict), run.cfg.gate.waiver is not None  # held against it when the stage ends
+        same_policy = stored["policy_digest"] == policy_digest(run.cfg.gate, stage)
+        if same_policy and stored["decision"] != "PASS" and not waived:
+            return f"the {stage} gate says {stored['decision']}"
+    return ""
 
 
 def _parents_allow(run: Run, stage: str, stages: tuple[str, ...]) -> tuple[str, str] | None:
@@ -72,10 +88,13 @@ def _parents_allow(run: Run, stage: str, stages: tuple[str, ...]) -> tuple[str, 
     return None
 
 
-def _action(run: Run, stage: str, dirty: set[str]) -> tuple[str, str]:
+def _action(run: Run, stage: str, stages: tuple[str, ...], dirty: set[str]) -> tuple[str, str]:
     """What do=run would do with a stage, given which nodes before it would be made anew."""
+    refused = _parents_allow(run, stage, stages)
+    if refused is not None:
+        return refused
     if stage_config(run.cfg, stage).artifact:
-        return "imported", str(stage_config(run.cfg, stage).artifact)
+        return _imported(run, stage)
     folder = run.dir / stage
     manifest = read_manifest(folder)
     changed_parents = dirty & {*run.parents_of(stage), "world"}
@@ -104,95 +123,61 @@ def _action(run: Run, stage: str, dirty: set[str]) -> tuple[str, str]:
     return ("resumed", f"from {checkpoint.name}") if checkpoint else ("run", "unfinished, no checkpoint yet")
 
 
-def _anew(run: Run, why: str) -> tuple[str, str]:
+def _imported(run: Run, stage: str) -> tuple[str, str]:
+    """What do=run does with the user's own model, in whose place something may have been before."""
+    try:
+        model, manifest = run.model(stage), read_manifest(run.dir / stage)
+        if manifest is None:
+            return "imported", str(model)
+        if manifest.get("imported") != str(model):
+            return _anew(run, f"{stage}.artifact: {manifest.get('imported')} -> {model}", "imported")
+        if manifest["digest"] != folder_digest(model):
+            return _anew(run, f"the files in {model} were altered since they were judged", "imported")
+        run.check_entered(stage, run.dir / stage, manifest)
+    except RLHFError as error:
+        return "refused", str(error)
+    return "skipped", f"imported before: {model}"
+
+
+def _anew(run: Run, why: str, action: str = "run") -> tuple[str, str]:
     """What do=run does with a stage that was made from other inputs."""
     if run.cfg.run.fresh:
-        return "run", f"{why}; the old one is kept aside"
+        return action, f"{why}; the old one is kept aside"
     return "refused", f"{why}; run.fresh=true or another run.name"
 
 
 def _batches(cfg: Config) -> Table:
+    """How updates are cut up among the ranks; where they cannot be, the nearest numbers that can."""
+    ranks = ranks_asked(cfg)
+    where = "one rank" if ranks == 1 else f"each of {ranks} ranks"
     table = Table(title="batches", title_justify="left")
-    for column in ("stage", "an update", "cut into", "length"):
+    for column in ("stage", "an update", f"cut into, on {where}", "length"):
         table.add_column(column, overflow="fold")
     for stage, unit in (("sft", "rows"), ("rm", "prompts")):
         optim = getattr(cfg, stage).optim
         several = f", {cfg.rm.models} reward models" if stage == "rm" and cfg.rm.models > 1 else ""
-        table.add_row(
-            stage, f"{optim.batch} {unit}", f"{optim.batch // optim.micro_batch} × {optim.micro_batch}",
-            f"{optim.epochs:g} epochs{several}",
-        )  # fmt: skip
+        try:
+            micro, passes = shared_batch(optim.batch, optim.micro_batch, ranks, f"{stage}.optim")
+            cut = f"{passes} × {micro}"
+        except ConfigError as error:
+            cut = str(error)
+        table.add_row(stage, f"{optim.batch} {unit}", cut, f"{optim.epochs:g} epochs{several}")
     ppo = cfg.ppo
     steps = ppo.epochs * ppo.batch // ppo.minibatch
     table.add_row(
-        "ppo", f"{ppo.batch} episodes", f"{steps} optimizer steps of {ppo.minibatch} episodes, {ppo.epochs} epochs",
+        "ppo", f"{ppo.batch} episodes",
+        f"{steps} optimizer steps of {ppo.minibatch} episodes, {ppo.epochs} epochs{_idle_ranks(cfg, ranks)}",
         f"{ppo.updates} updates = {ppo.updates * ppo.batch:,} episodes, {ppo.updates * steps:,} steps",
     )  # fmt: skip
     return table
 
 
-def _skeleton(run: Run) -> Any:
-    """The model by its configuration alone, without weights."""
-    model, trust = run.cfg.model, run.cfg.model.trust_remote_code
-    try:
-        config = AutoConfig.from_pretrained(run.base(), revision=model.revision, trust_remote_code=trust)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.path: {run.base()} has no readable config.json: {str(error).splitlines()[0]}"
-        ) from error
-
-
-def _scorer(run: Run) -> Any:
-    """What a reward model starts from: as the policy, or rm.base where it has a base of its own."""
-    own = run.own_base()
-    return _skeleton(run) if own is None else scorer_skeleton(own, run.cfg.model)
-
-
-def _adapter(model: Any, lora: LoraConfig) -> int:
-    """The number of weights of one adapter on a model without weights."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in add_lora(model, lora, 0).parameters() if p.requires_grad)
-
-
-def role_sizes(run: Run) -> list[tuple[str, int, int]]:
-    """What each role holds in memory of its own: its name, the weights, and how many of them are trained. Heads, of
-    some thousand weights, are left out."""
-    cfg, base = run.cfg, sum(p.numel() for p in _skeleton(run).parameters())
-    sizes = []
-    scored = "rm" in run.parents_of("ppo")  # by a reward model of the run
-    members, holdout = reward_models(run, to_train=False)
-    models, scorer = members + holdout, sum(p.numel() for p in _scorer(run).parameters())
-    last = "ppo reward" if models == 1 else f"ppo reward × {models}"
-    for stage in ("sft", "rm") if scored else ("sft",):
-        lora = getattr(cfg, stage).lora
-        whole, start = (scorer, _scorer) if stage == "rm" else (base, _skeleton)
-        trained = _adapter(start(run), lora) if lora.enabled else whole
-        sizes.append((f"{stage} model", whole + trained if lora.enabled else whole, trained))
-    if not cfg.ppo.lora.enabled:
-        trains = ["ppo policy", "ppo critic"] if cfg.ppo.has_critic else ["ppo policy"]
-        sizes += [*((role, base, base) for role in trains), ("ppo reference", base, 0)]
-        return [*sizes, (last, models * scorer, 0)] if scored else sizes
-    shared = scored and cfg.rm.lora.enabled and cfg.rm.artifact is None and cfg.rm.base is None
-    policy, reward = _adapter(_skeleton(run), cfg.ppo.lora), _adapter(_skeleton(run), cfg.rm.lora) if shared else scorer
-    critic = reward if shared and cfg.ppo.critic_init is CriticInit.reward else policy
-    sizes += [("ppo shared base", base, 0), ("ppo policy", policy, policy)]
-    sizes += [("ppo critic", critic, critic)] if cfg.ppo.has_critic else []
-    sizes += [("ppo reference", 0, 0)]
-    return [*sizes, (last, models * reward, 0)] if scored else sizes
-
-
-def _memory(run: Run) -> Table:
-    """Bytes of weights, gradients and Adam's two moments by role; activations come on top. All are in fp32: with
-    model.dtype=bfloat16 only the arithmetic is not."""
-    table = Table(title="memory on one rank, without activations", title_justify="left")
-    for column in ("role", "parameters", "weights MiB", "gradients MiB", "optimizer MiB", "checkpoint MiB"):
-        table.add_column(column, justify="right")
-    if run.world is not None and not Path(run.base()).is_dir():
-        table.add_row("built by the world on the first run", *[""] * 5)
-        return table
-    for role, held, trained in role_sizes(run):
-        cells = [numbers * 4 / MIB for numbers in (held, trained, 2 * trained, 3 * trained)]
-        table.add_row(role, f"{held:,}", *(f"{cell:,.1f}" for cell in cells))
-    return table
+def _idle_ranks(cfg: Config, ranks: int) -> str:
+    """Said where decoding leaves ranks without work: a decode group is never split."""
+    groups = -(-cfg.ppo.batch // cfg.ppo.decode_group)
+    if groups >= ranks:
+        return ""
+    return (
+        f"; {ranks - groups} of {ranks} ranks wait while {groups} decode: "
+        f"ppo.decode_group={max(1, cfg.ppo.batch // ranks)} gives each a group"
+    )

@@ -21,13 +21,18 @@ if TYPE_CHECKING:
     from rlhf.pipeline import Run
 
 
+def check_batches(run: Run, stages: tuple[str, ...]) -> None:
+    """ConfigError if an update's rows do not divide among the ranks."""
+    for stage in ("sft", "rm"):
+        if stage in stages and not stage_config(run.cfg, stage).artifact:
+            optim = getattr(run.cfg, stage).optim
+            shared_batch(optim.batch, optim.micro_batch, run.crew.ranks.size, f"{stage}.optim")
+
+
 def validate(run: Run, stages: tuple[str, ...]) -> None:
     """Read every file that the stages will need, before any weight is loaded."""
     _check_parents_outside(run, stages)
     trained = [s for s in stages if not stage_config(run.cfg, s).artifact]
-    for stage in {"sft", "rm"} & set(trained):
-        optim = getattr(run.cfg, stage).optim
-        shared_batch(optim.batch, optim.micro_batch, run.crew.ranks.size, f"{stage}.optim")
     if trained:
         check_positions(run.base(), run.cfg.model, run.cfg.data.max_length)
     own = run.own_base() if "rm" in trained else None

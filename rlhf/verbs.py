@@ -24,7 +24,8 @@ from rlhf.judging import judge_stage
 from rlhf.manifest import model_folder, read_manifest, write_config
 from rlhf.pipeline import UNUSED, Run
 from rlhf.plan import plan_tables
-from rlhf.preflight import validate
+from rlhf.plan_memory import ranks_asked
+from rlhf.preflight import check_batches, validate
 from rlhf.report.verb import report
 from rlhf.sampling import sample_rankings
 from rlhf.signals import StoppedAtOnce
@@ -100,6 +101,7 @@ def run(cfg: Config, crew: Crew | None = None) -> int:
 
 def _run(work: Run, stages: tuple[str, ...]) -> int:
     cfg = work.cfg
+    check_batches(work, stages)
     work.build_world()
     validate(work, stages)
     if cfg.stage is Stage.all and "rm" not in stages:
@@ -162,7 +164,7 @@ def next_step(work: Run, stages: tuple[str, ...]) -> str:
 
 def plan(cfg: Config) -> int:
     """do=plan: what would be skipped, resumed or run, and what it needs; loads no weights, writes nothing."""
-    work = Run(cfg, read_only=True)
+    work = Run(cfg, read_only=True, crew=Crew(Ranks(size=ranks_asked(cfg))))
     for table in plan_tables(work, chosen(work)):
         show(table)
     return 0

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pipeline_lab import Lab, flip_a_byte
 
-from rlhf.errors import ConfigError, LineageError
+from rlhf.config import CheckConfig, GateConfig, GateMode, LaunchConfig, Stage
+from rlhf.engine.crew import Crew
+from rlhf.engine.ranks import Ranks
+from rlhf.errors import ConfigError, GateError, LineageError
 from rlhf.pipeline import Run
-from rlhf.plan import plan_tables
+from rlhf.plan import _batches, plan_tables
+from rlhf.plan_memory import ranks_asked
+from rlhf.verbs import chosen
 
 STAGES = ("sft", "rm", "ppo")
 
@@ -18,10 +25,13 @@ STAGES = ("sft", "rm", "ppo")
 def planned(lab: Lab, **changes: Any) -> dict[str, tuple[str, str]]:
     """For each stage what it would be, and why."""
     before = sorted(lab.folder.rglob("*"))
-    graph = next(plan_tables(Run(lab.config(**changes), read_only=True), STAGES))
+    cfg = lab.config(**changes)
+    run = Run(cfg, read_only=True, crew=Crew(Ranks(size=ranks_asked(cfg))))
+    stages = chosen(run)
+    graph = next(plan_tables(run, stages))
     assert sorted(lab.folder.rglob("*")) == before
-    stages, _, actions, whys = ([str(cell) for cell in column.cells] for column in graph.columns)
-    return dict(zip(stages, zip(actions, whys, strict=True), strict=True))
+    rows, _, actions, whys = ([str(cell) for cell in column.cells] for column in graph.columns)
+    return dict(zip(rows, zip(actions, whys, strict=True), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -38,8 +48,9 @@ def test_a_changed_stage_is_refused_or_with_fresh_made_anew(
     lab.run()
     refused, fresh = planned(lab, **changes), planned(lab, **changes, run__fresh=True)
     for stage, why in zip(anew, whys, strict=True):
-        assert refused[stage][0] == "refused" and re.search(f"{why}; run.fresh=true or", refused[stage][1])
         assert fresh[stage][0] == "run" and re.search(f"{why}; the old one is kept aside", fresh[stage][1])
+    assert refused[anew[0]][0] == "refused" and re.search(f"{whys[0]}; run.fresh=true or", refused[anew[0]][1])
+    assert [refused[stage] for stage in anew[1:]] == [("not reached", f"{anew[0]} is refused")] * (len(anew) - 1)
     for plan in (refused, fresh):
         assert {plan[stage][0] for stage in STAGES if stage not in anew} <= {"skipped"}
     with pytest.raises(ConfigError, match="another configuration"):
@@ -69,3 +80,68 @@ def test_fresh_does_not_take_altered_weights_from_the_same_inputs(lab: Lab) -> N
     with pytest.raises(LineageError, match=r"ppo.*altered"):
         lab.run(run__fresh=True)
     assert planned(lab, ppo__kl__coef=0.2, run__fresh=True)["ppo"][0] == "run"
+
+
+def test_what_ends_the_command_before_any_stage_is_a_row_of_its_own(lab: Lab) -> None:
+    lab.run()
+    flip_a_byte(lab.path("sft") / "model" / "model.safetensors")
+    plan = planned(lab, stage=Stage.ppo)
+    assert plan["before any"][0] == "refused" and "altered" in plan["before any"][1]
+    assert plan["ppo"] == ("not reached", "the command ends before any stage")
+    with pytest.raises(LineageError, match="altered"):
+        lab.run(stage=Stage.ppo)
+
+
+def test_a_batch_that_does_not_divide_among_the_ranks_is_refused_with_the_nearest_that_do(lab: Lab) -> None:
+    changes = {"launch": LaunchConfig(gpus=3), "sft__optim__batch": 16}
+    says = "sft.optim.batch=16 rows do not divide among 3 ranks: 15 or 18 do"
+    plan = planned(lab, **changes)
+    assert plan["before any"] == ("refused", says) and plan["sft"][0] == "not reached"
+    _, _, cut, _ = ([str(cell) for cell in column.cells] for column in _batches(lab.config(**changes)).columns)
+    assert cut[0] == says
+
+
+def test_ranks_that_would_wait_while_others_decode_are_told(lab: Lab) -> None:
+    """A batch of 128 in groups of 64 keeps two ranks at work; groups of 16 keep eight."""
+    changes = {"ppo__batch": 128, "ppo__minibatch": 64, "ppo__decode_group": 64}
+    for gpus, says in ((2, None), (8, "; 6 of 8 ranks wait while 2 decode: ppo.decode_group=16 gives each a group")):
+        table = _batches(lab.config(launch=LaunchConfig(gpus=gpus), **changes))
+        cell = str(list(table.columns[2].cells)[2])
+        assert cell.endswith(says or "epochs")
+
+
+def test_a_gate_that_said_no_ends_the_plan_too(lab: Lab) -> None:
+    """Unless the policy changed since, or gates only observe: then do=run goes on, as far as anyone can say."""
+    lab.decisions["sft"] = "FAIL"
+    with pytest.raises(GateError):
+        lab.run(gate__mode=GateMode.observe)
+    refused = planned(lab)
+    assert refused["sft"][0] == "skipped"
+    assert [refused[stage] for stage in ("rm", "ppo")] == [("not reached", "the sft gate says FAIL")] * 2
+    assert planned(lab, gate__mode=GateMode.observe)["rm"][0] == "skipped"
+    other = GateConfig(
+        sft={"degenerate": CheckConfig(max=0.4)}, rm=lab.config().gate.rm, ppo=lab.config().gate.ppo
+    )  # fmt: skip
+    assert planned(lab, gate=other)["rm"][0] == "skipped"
+    lab.trained.clear()
+    with pytest.raises(GateError):
+        lab.run()
+    assert lab.trained == []
+
+
+def test_an_imported_model_is_taken_kept_or_refused_as_do_run_does(lab: Lab, tiny_model: Path) -> None:
+    own = lab.folder / "own"
+    shutil.copytree(tiny_model, own)
+    taken = {"sft__artifact": str(own)}
+    assert planned(lab, **taken)["sft"] == ("imported", str(own))
+    lab.run(**taken)
+    assert {action for action, _ in planned(lab, **taken).values()} == {"skipped"}
+    flip_a_byte(own / "model.safetensors")
+    plan, fresh = planned(lab, **taken), planned(lab, **taken, run__fresh=True)
+    assert plan["sft"][0] == "refused" and "altered" in plan["sft"][1] and plan["rm"][0] == "not reached"
+    assert [fresh[stage][0] for stage in STAGES] == ["imported", "run", "run"]
+    with pytest.raises(LineageError, match="altered"):
+        lab.run(**taken)
+    assert "sft.artifact: " in planned(lab, sft__artifact=str(tiny_model))["sft"][1]
+    with pytest.raises(ConfigError, match=r"sft\.artifact: "):
+        lab.run(sft__artifact=str(tiny_model))
