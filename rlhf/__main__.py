@@ -26,10 +26,11 @@ def _compose_and_run() -> int:
 
     from rlhf.compose import CONF_DIR, friendly, register, to_config
     from rlhf.gates import validate
-    from rlhf.launch import launch, resolve_run_dir
+    from rlhf.launch import JobFailed, launch, resolve_run_dir
 
     register()
     codes: list[int] = []
+    process = os.getpid()
 
     @hydra.main(version_base="1.3", config_path=CONF_DIR, config_name="config")
     def job(cfg: DictConfig) -> None:
@@ -40,9 +41,13 @@ def _compose_and_run() -> int:
             codes.append(launch(config))
         except RLHFError as error:  # kept from Hydra, which would end a sweep's other jobs
             codes.append(report(error))
+        if codes[-1] and os.getpid() != process:  # a launcher plug-in's job: its `codes` is a copy
+            raise JobFailed(codes[-1])
 
     try:
         job()
+    except JobFailed as failed:
+        return failed.code
     except Exception as error:
         shown = friendly(error)
         if shown is None:

@@ -37,6 +37,14 @@ LOOPBACK = "127.0.0.1"
 STATES = ".ranks"  # in the run directory while several ranks are at work: what each says about itself
 
 
+class JobFailed(Exception):
+    """A sweep's job that ran in a process of a Hydra launcher's making (submitit) ended with `code`."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 def resolve_run_dir(cfg: Config) -> None:
     """Fix `run.dir` once, absolute, for every rank: the sweep's folder, or run.root/run.name."""
     hydra_cfg = HydraConfig.get()
@@ -128,6 +136,8 @@ def worker_environment() -> dict[str, str]:
         **kept,
         "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL pings the hub otherwise
         "TOKENIZERS_PARALLELISM": "false",
+        # Else each rank of DDP warns that it looks for unused weights, which experts need and most models do not.
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         "PYTHONPATH": os.pathsep.join(p for p in (_checkout(), os.environ.get("PYTHONPATH")) if p),
     }
 

@@ -58,8 +58,11 @@ def _from_torch(environ: Mapping[str, str]) -> Place:
 
 def _from_slurm(environ: Mapping[str, str]) -> Place | None:
     """The task of a step that `srun` started. The batch script itself has a SLURM_PROCID too, but is no rank: only srun
-    sets SLURM_STEP_NUM_TASKS (https://slurm.schedmd.com/srun.html, output environment variables)."""
+    sets SLURM_STEP_NUM_TASKS (https://slurm.schedmd.com/srun.html, output environment variables). The only task of a
+    step is none either: it may start ranks of its own, as each job of submitit's does."""
     if not {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"} <= environ.keys():
+        return None
+    if environ["SLURM_STEP_NUM_TASKS"] == "1":
         return None
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "localhost"
     job = _number("SLURM_JOB_ID", environ.get("SLURM_JOB_ID", "0"))

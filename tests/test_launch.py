@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -10,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ROOT, environment, read_json
+from runs import ROOT, TINY, environment, read_json, rlhf, write_data
 
 from rlhf.__main__ import report
 from rlhf.config import Config, Do, EngineConfig, LaunchConfig, check_all
 from rlhf.errors import ConfigError
-from rlhf.launch import launch, worker_environment
+from rlhf.launch import JobFailed, launch, worker_environment
 
 HERE = Path(__file__).parent
 SECOND = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
@@ -115,6 +116,11 @@ def test_a_worker_gets_nothing_of_another_launchers_environment(monkeypatch: pyt
     made = worker_environment()
     assert not {"ACCELERATE_MIXED_PRECISION", "RANK", "SLURM_STEP_NUM_TASKS"} & made.keys()
     assert made["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
+
+
+def test_a_job_of_a_launcher_plug_in_brings_its_code_home() -> None:
+    """From another process, as an exception that is pickled."""
+    assert pickle.loads(pickle.dumps(JobFailed(11))).code == 11
 
 
 # ---- real ranks
@@ -236,3 +242,21 @@ def test_a_sweep_starts_new_ranks_for_each_job_and_one_failing_job_fails_it(tmp_
     saw = [[read_json(tmp_path / "sweep" / job / f"rank-{rank}.json") for rank in (0, 1)] for job in ("0", "1")]
     assert [[s["seed"] for s in ranks] for ranks in saw] == [[7, 7], [8, 8]]
     assert errors(done) == ["error: the toy is not shown safe"]
+
+
+@pytest.mark.slow
+def test_submitit_makes_a_process_for_each_job_of_a_sweep_and_keeps_its_code(tmp_path: Path, tiny_model: Path) -> None:
+    """The first job's gate cannot pass eight prompts; the second's seven rows do not divide among its two ranks."""
+    pytest.importorskip(
+        "hydra_plugins.hydra_submitit_launcher", reason="it is not installed: pip install -e '.[slurm]'"
+    )
+    swept = rlhf(
+        *TINY, f"model.path={tiny_model}", *write_data(tmp_path), f"run.root={tmp_path}", "run.name=sweep", "stage=sft",
+        *OWN, "-m", "sft.optim.batch=8,7", "sft.optim.micro_batch=${sft.optim.batch}", "hydra/launcher=submitit_local",
+        cwd=tmp_path,
+    )  # fmt: skip
+    decision = read_json(tmp_path / "sweep" / "0" / "sft" / "verdict.json")["decision"]
+    assert swept.returncode == {"FAIL": 10, "INCONCLUSIVE": 11, "INVALID": 12}[decision], swept.stderr
+    assert not (tmp_path / "sweep" / "1" / "sft").exists()
+    logs = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "sweep" / ".submitit").rglob("*.err"))
+    assert "sft.optim.batch=7 rows do not divide among 2 ranks: 6 or 8 do" in logs

@@ -41,6 +41,11 @@ def test_the_batch_script_is_no_task() -> None:
     assert place_from(batch) is None
 
 
+def test_the_only_task_of_a_step_is_no_rank() -> None:
+    """Such as a job of submitit's, which starts ranks of its own."""
+    assert place_from({**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}) is None
+
+
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [
