@@ -1,6 +1,7 @@
 """Which rows each rank of a supervised stage reads: every update is the same set of rows, however many ranks share it.
 
-Inside an update the long rows come first, so that what runs at the same time on all ranks is of like length. Each rank
+Inside an update the long rows come first, so that what runs at the same time on all ranks is of like length; which rank
+has the longer half of a pass changes from pass to pass, so that the ranks have as much to do. Each rank
 makes the same number of passes in an update, since a pass holds collectives: where an update has fewer rows than ranks,
 a rank reads a row that does not count.
 """
@@ -20,10 +21,12 @@ Blank = Callable[[Any], Any]  # a row as one that does not count
 
 
 def micro_steps(rows: Sequence[int], micro: int, ranks: Ranks) -> Iterator[list[int]]:
-    """This rank's parts of an update's `rows`, at most `micro` at a time. A row that does not count is `~row`."""
-    for start in range(0, len(rows), micro * ranks.size):
+    """This rank's parts of an update's `rows`, at most `micro` at a time. A row that does not count is `~row`. Of rows
+    that are sorted by length a rank has the longer ones in one pass and the shorter ones in the next."""
+    for number, start in enumerate(range(0, len(rows), micro * ranks.size)):
         step = rows[start : start + micro * ranks.size]
-        first, end = (len(step) * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1))
+        place = ranks.size - 1 - ranks.rank if number % 2 else ranks.rank
+        first, end = (len(step) * at // ranks.size for at in (place, place + 1))
         yield list(step[first:end]) or [~step[-1]]
 
 

@@ -180,12 +180,21 @@ def test_each_row_is_read_once_an_epoch_and_ranks_keep_step(rows: int, size: int
 
 
 def test_a_rank_without_a_row_reads_one_that_does_not_count() -> None:
-    """Seven rows, two a rank on two ranks: four, then three as one and two."""
+    """Seven rows, two a rank on two ranks: four, then three as two and one, since the order of the ranks turns."""
     rows = [10, 11, 12, 13, 14, 15, 16]
-    assert list(micro_steps(rows, 2, Ranks(0, 2))) == [[10, 11], [14]]
-    assert list(micro_steps(rows, 2, Ranks(1, 2))) == [[12, 13], [15, 16]]
+    assert list(micro_steps(rows, 2, Ranks(0, 2))) == [[10, 11], [15, 16]]
+    assert list(micro_steps(rows, 2, Ranks(1, 2))) == [[12, 13], [14]]
     assert list(micro_steps([10], 2, Ranks(0, 2))) == [[~10]]
     assert list(micro_steps([10], 2, Ranks(1, 2))) == [[10]]
+
+
+def test_ranks_have_as_much_to_do() -> None:
+    """Sixteen rows of 16, 15, ... tokens, two a pass: with the longer half each time rank 0 would have 76 of 136."""
+    lengths = list(range(16, 0, -1))
+    tokens = [
+        sum(lengths[row] for part in micro_steps(range(16), 2, Ranks(rank, 2)) for row in part) for rank in (0, 1)
+    ]
+    assert tokens == [68, 68]
 
 
 def test_evaluation_is_shared_with_as_many_passes_on_each_rank() -> None:
