@@ -25,6 +25,7 @@ def _compose_and_run() -> int:
     from omegaconf import DictConfig
 
     from rlhf.compose import CONF_DIR, friendly, register, to_config
+    from rlhf.config import Do
     from rlhf.gates import validate
     from rlhf.launch import JobFailed, launch, resolve_run_dir
 
@@ -36,7 +37,8 @@ def _compose_and_run() -> int:
     def job(cfg: DictConfig) -> None:
         try:
             config = to_config(cfg)
-            validate(config.gate)
+            if config.do in (Do.run, Do.plan, Do.gate):  # what judges: looking a policy's tasks up can take long
+                validate(config.gate)
             resolve_run_dir(config)
             codes.append(launch(config))
         except RLHFError as error:  # kept from Hydra, which would end a sweep's other jobs

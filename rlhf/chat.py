@@ -98,7 +98,8 @@ def take_seat(work: RunDir, name: str) -> Seat:
     """Where a model lies: `name` is a stage, "base", or a folder or hub id. LineageError if a stage has none or its
     files were altered, ConfigError for what is none of these."""
     if name in STAGES:
-        return seat_of(name, work.model(name), work.folder(name))
+        path = work.model(name)
+        return seat_of(name, path, _stage_folder(path) or work.folder(name))
     if name == "base":
         base = work.base()
         if isinstance(base, Path) and not base.is_dir():
@@ -107,8 +108,13 @@ def take_seat(work: RunDir, name: str) -> Seat:
     if not Path(name).is_dir() and "/" not in name:
         raise ConfigError(f"chat.beside: {name} is neither sft, ppo nor base, nor a model's folder")
     path = local_model(name, "chat.beside")
-    in_run = path.name == "model" and path.parent.name in STAGES
-    return seat_of(path.parent.name, path, path.parent) if in_run else Seat(path.name, path)
+    folder = _stage_folder(path)
+    return Seat(path.name, path) if folder is None else seat_of(folder.name, path, folder)
+
+
+def _stage_folder(path: Path) -> Path | None:
+    """The folder of the stage that a model lies in, of whatever run."""
+    return path.parent if path.name == "model" and path.parent.name in STAGES else None
 
 
 def seat_of(label: str, path: Path, folder: Path) -> Seat:

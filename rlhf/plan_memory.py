@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.config import Config, CriticInit, Dtype, LoraConfig, stage_config
@@ -32,6 +33,7 @@ from rlhf.memory import peak_of
 from rlhf.models import enable_activation_checkpointing
 from rlhf.pipeline import Run
 from rlhf.preflight import reward_models
+from rlhf.trial import UNLIKE
 
 MIB = 1024**2
 PASSES = {"sft": loss_pass, "rm": score_pass, "ppo": policy_pass, "read": reading_pass}
@@ -45,7 +47,10 @@ def ranks_asked(cfg: Config) -> int:
     if not hosts.is_file():
         raise ConfigError(f"launch.hostfile: there is no file {hosts}")
     text = hosts.read_text(encoding="utf-8")
-    return sum(map(int, re.findall(r"^[^#\n]*\bslots\s*=\s*(\d+)", text, re.MULTILINE)))
+    slots = sum(map(int, re.findall(r"^[^#\n]*\bslots\s*=\s*(\d+)", text, re.MULTILINE)))
+    if slots == 0:
+        raise ConfigError(f"launch.hostfile: no line of {hosts} gives a machine its ranks: `address slots=N`")
+    return slots
 
 
 # ---- models without weights
@@ -108,7 +113,8 @@ def role_sizes(run: Run) -> list[tuple[str, int, int]]:
 
 def roles_table(run: Run) -> Table:
     """Bytes of weights, gradients and Adam's moments by role on one rank (rlhf.footprint)."""
-    engine, ranks = run.cfg.engine.kind.value, ranks_asked(run.cfg)
+    ranks = ranks_asked(run.cfg)
+    engine = run.cfg.engine.kind.on(ranks).value
     where = "one rank" if ranks == 1 else f"each of {ranks} ranks"
     table = Table(title=f"memory on {where}, engine={engine}, without passes", title_justify="left")
     for column in ("role", "parameters", "weights MiB", "gradients MiB", "optimizer MiB", "checkpoint MiB"):
@@ -138,10 +144,17 @@ def peaks_table(run: Run, stages: tuple[str, ...]) -> Table:
     if _base_is_there(run):
         for stage in stages:
             if stage_config(run.cfg, stage).artifact is None:
-                rest, trains, reads = stage_peak(run, stage)
-                cells = [rest, trains, reads, rest + max(trains, reads)]
-                table.add_row(stage, *(f"{cell / MIB:,.0f}" for cell in cells))
+                table.add_row(stage, *_cells(run, stage))
     return table
+
+
+def _cells(run: Run, stage: str) -> list[str]:
+    """The numbers of a stage; why there are none where torch cannot make a pass of this model without data."""
+    try:
+        rest, trains, reads = stage_peak(run, stage)
+    except (NotImplementedError, DataDependentOutputException, DynamicOutputShapeException, *UNLIKE) as error:
+        return ["", "not counted", "", f"{type(error).__name__}: {str(error).strip().splitlines()[0][:60]}"]
+    return [f"{cell / MIB:,.0f}" for cell in (rest, trains, reads, rest + max(trains, reads))]
 
 
 def stage_peak(run: Run, stage: str) -> tuple[float, float, float]:

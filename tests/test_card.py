@@ -131,6 +131,14 @@ def test_a_waived_card_names_who_waived_and_until_when(tmp_path: Path) -> None:
     assert line in shown["lines"]
 
 
+def test_a_parent_whose_verdict_contradicts_its_status_is_not_relied_on(run: Path) -> None:
+    """As after a kill between a parent's new verdict and its stamp."""
+    change(run / "ppo" / "manifest.json", parents={"sft": "sha256:sft-digest"})
+    change(run / "sft" / "verdict.json", decision="FAIL")
+    top = card_of(run).split("\n## ")[0]
+    assert "**UNVERIFIED.**" in top and "the status of sft is PROMOTED and its verdict FAIL" in top
+
+
 @pytest.mark.parametrize("status", ["UNPROMOTED", "WAIVED"])
 def test_a_model_stands_no_better_than_the_parent_that_failed_later(run: Path, status: str) -> None:
     for stage in ("sft", "rm", "ppo"):

@@ -197,9 +197,13 @@ def test_the_stages_of_a_run_by_name_and_by_folder(
     said_first = [line.split(". ")[0] for line in lines if line.startswith("ppo")]
     assert said_first == ["ppo: UNPROMOTED", "ppo (2): UNPROMOTED"]
     assert lines.count("  the gate of sft says FAIL") == 2
+    other = lab.config(run__name="other", ppo__artifact=str(lab.path("ppo") / "model"), do=Do.chat)
+    other.run.dir = str(tmp_path / "other")
+    assert said(other).getvalue().startswith("ppo: UNPROMOTED. "), "of whatever run the model lies in"
     flip_a_byte(lab.path("ppo") / "model" / "model.safetensors")
-    with pytest.raises(LineageError, match="altered"):
-        said(cfg)
+    for opened in (cfg, other):
+        with pytest.raises(LineageError, match="altered"):
+            said(opened)
 
 
 def test_a_model_cannot_steer_the_terminal() -> None:

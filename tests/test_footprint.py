@@ -216,5 +216,8 @@ def test_ranks_are_counted_in_the_host_file(tmp_path: Path) -> None:
     hosts.write_text("a slots=8\nb  slots = 4  # c slots=2\n#d slots=9\n", encoding="utf-8")
     assert ranks_asked(Config(launch=LaunchConfig(hostfile=str(hosts)))) == 12
     assert ranks_asked(Config(launch=LaunchConfig(gpus=3))) == 3
+    hosts.write_text("worker-1\nworker-2\n")
+    with pytest.raises(ConfigError, match=r"launch\.hostfile: no line of .* gives a machine its ranks"):
+        ranks_asked(Config(launch=LaunchConfig(hostfile=str(hosts))))
     with pytest.raises(ConfigError, match=r"launch\.hostfile: there is no file"):
         ranks_asked(Config(launch=LaunchConfig(hostfile=str(tmp_path / "none"))))

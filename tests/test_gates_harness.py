@@ -154,6 +154,27 @@ def test_every_file_of_a_task_is_part_of_the_policy_and_its_place_is_not(tasks):
     assert digest(of(moved)) == first
 
 
+def test_code_in_folders_below_is_part_of_the_policy(tasks):
+    (tasks / "lib").mkdir()
+    (tasks / "lib" / "utils.py").write_text("def score(): return 0\n")
+    first = digest(of(tasks))
+    (tasks / "lib" / "utils.py").write_text("def score(): return 1\n")
+    assert digest(of(tasks)) != first
+
+
+def test_a_pattern_of_data_files_may_be_absolute(tasks):
+    (tasks / "sums.yaml").write_text(YAML.replace("sums.jsonl", str(tasks.parent / "su*.jsonl")))
+    first = digest(of(tasks))
+    (tasks.parent / "sums.jsonl").write_text("{}")
+    assert digest(of(tasks)) != first
+
+
+def test_a_file_whose_name_for_itself_another_file_has_too_is_refused(tasks):
+    (tasks / "zz_old.yaml").write_text(YAML)
+    with pytest.raises(ConfigError, match=r"sums\.yaml calls itself 'sums'; so does .*zz_old\.yaml"):
+        validate(sft(task=TaskConfig(name=str(tasks / "sums.yaml")), metric="acc", min=0.5))
+
+
 @pytest.mark.parametrize(
     ("task", "why"),
     [(TaskConfig(documents=3), r"task\.name"), (TaskConfig(name="a", documents=0), "documents: must be at least 1"),
@@ -262,6 +283,25 @@ def test_what_cannot_be_compared_or_counted_is_invalid():
         run(two, min=0.1)
     with pytest.raises(Invalid, match="lower is better"):
         run(scores([1, 0, 1], higher=False), min=0.1)
+
+
+def test_one_document_shows_nothing_by_a_metric_that_is_no_mean():
+    """Drawn again it is the same document each time, so the percentile bound has no width."""
+    one, other = (scores([value], aggregate=statistics.mean) for value in (0.9, 0.905))
+    for ask in ({"min": 0.8}, {"within": [0.8, 0.95]}, {"theirs": other, "margin": 0.01}):
+        with pytest.raises(Invalid, match="a bound needs at least 2 documents, there is 1"):
+            run(one, **ask)
+
+
+def test_an_aggregation_that_raises_makes_its_check_invalid():
+    with pytest.raises(Invalid, match="sums: m: its aggregation raises ZeroDivisionError"):
+        run(scores([1, 0, 1], aggregate=lambda values: 1 / 0), min=0.1)
+
+
+def test_a_task_that_could_not_be_run_is_its_checks_matter_alone():
+    kept = Measured(tasks={"": {task_key(TASK): Invalid("its code raises")}})
+    with pytest.raises(Invalid, match="its code raises"):
+        KINDS["lm_eval"].run(kept, CheckConfig(task=TASK, min=0.5), RULES)
 
 
 def test_what_must_be_measured_names_the_other_models():

@@ -101,6 +101,21 @@ def test_a_batch_that_does_not_divide_among_the_ranks_is_refused_with_the_neares
     assert cut[0] == says
 
 
+def test_a_model_whose_passes_cannot_be_counted_is_planned_all_the_same(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no kernel for tensors without data\nand more")
+
+    monkeypatch.setattr("rlhf.plan_memory.stage_peak", fails)
+    run = Run(lab.config(launch=LaunchConfig(gpus=2)), read_only=True)
+    tables = {str(table.title): table for table in plan_tables(run, STAGES)}
+    (peaks,) = (table for title, table in tables.items() if title.startswith("peak"))
+    assert list(peaks.columns[2].cells) == ["not counted"] * 3
+    assert next(iter(peaks.columns[4].cells)) == "RuntimeError: no kernel for tensors without data"
+    assert any("memory on each of 2 ranks, engine=ddp" in title for title in tables), "the engine that will run"
+
+
 def test_ranks_that_would_wait_while_others_decode_are_told(lab: Lab) -> None:
     """A batch of 128 in groups of 64 keeps two ranks at work; groups of 16 keep eight."""
     changes = {"ppo__batch": 128, "ppo__minibatch": 64, "ppo__decode_group": 64}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import glob
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -51,14 +52,14 @@ def find(task: TaskConfig, key: str) -> Found:
     if importlib.util.find_spec(LIBRARY) is None:
         raise ConfigError(f"{key}: needs lm-evaluation-harness: pip install 'rlhf-pipeline[{EXTRA}]'")
     assert task.name is not None
-    name, include = task.name, task.include_path
+    name, include, file = task.name, task.include_path, None
     if include is not None and not Path(include).is_dir():
         raise ConfigError(f"{key}.include_path: {include} is not a folder")
     if name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():
             raise ConfigError(f"{key}.name: there is no file {name}")
-        include = str(Path(name).parent) if include is None else include
-        read = _read(Path(name), key)
+        file, include = Path(name), str(Path(name).parent) if include is None else include
+        read = _read(file, key)
         name = str(read.get("group") or read.get("task") or name)
     manager = _manager_of(name, include)
     if name not in manager.all_tasks:
@@ -66,6 +67,9 @@ def find(task: TaskConfig, key: str) -> Found:
         hint = f"; did you mean {near[0]}?" if near else ""
         where = f" nor one in {include} that can be read" if include is not None else ""
         raise ConfigError(f"{key}.name: lm-evaluation-harness has no task {name!r}{where}{hint}")
+    indexed = manager.task_index[name].yaml_path
+    if file is not None and (indexed is None or Path(indexed).resolve() != file.resolve()):
+        raise ConfigError(f"{key}.name: {file} calls itself {name!r}; so does {indexed}, which would be run instead")
     entries = [entry for entry in _below(name, manager.task_index).values() if entry is not None]
     yamls = sorted(Path(entry.yaml_path) for entry in entries if entry.yaml_path is not None)
     files = {path for path in yamls for path in _files(path, key)}
@@ -136,7 +140,7 @@ def _files(path: Path, key: str) -> Iterator[Path]:
     """The YAML file, those that it includes, the Python beside them and the local data that they name."""
     read = _read(path, key)
     yield path
-    yield from sorted(path.parent.glob("*.py"))
+    yield from sorted(path.parent.rglob("*.py"))
     included = read.get("include") or []
     for name in included if isinstance(included, list) else [included]:
         yield from _files(path.parent / name, key)  # an absolute name stays itself
@@ -151,7 +155,7 @@ def _data(name: str, must: bool, key: str) -> Iterator[Path]:
     if Path(name).is_dir():
         yield from (Path(name) / inner for inner in file_digests(Path(name)))
         return
-    matches = [Path(name)] if Path(name).is_file() else sorted(Path().glob(name)) if "*" in name else []
+    matches = [Path(match) for match in sorted(glob.glob(name, recursive=True)) if Path(match).is_file()]
     if must and not matches and "://" not in name:
         raise ConfigError(f"{key}: its YAML names the data file {name}, and there is none")
     yield from matches

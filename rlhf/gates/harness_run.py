@@ -6,6 +6,7 @@ the harness's own does not know which model answered.
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf.config import TaskConfig
-from rlhf.errors import ConfigError, Invalid
+from rlhf.errors import ConfigError, DataError, Invalid
 from rlhf.gates.harness import collect, find, task_key
 from rlhf.gates.measured import TaskScores
 from rlhf.gates.policy import checks_of
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 BATCH = 8  # requests at once: rows are padded, so it changes last digits only
 
 
-def scores_of(request: GateRequest, path: Path | str) -> dict[str, TaskScores]:
-    """The scores of the model in `path` by task, for every task that a check of the request's stage names."""
+def scores_of(request: GateRequest, path: Path | str) -> dict[str, TaskScores | Invalid]:
+    """The scores of the model in `path` by task, for every task that a check of the request's stage names; or why there
+    are none, for the checks of that task to say."""
     from lm_eval.models.huggingface import HFLM
 
     checks = checks_of(request.policy, request.stage)
@@ -38,11 +40,19 @@ def scores_of(request: GateRequest, path: Path | str) -> dict[str, TaskScores]:
              for name, c in checks.items() if c.task.name is not None}  # fmt: skip
     model = load_policy(path, request.model_config, torch.device(request.device))
     runner = HFLM(pretrained=model, tokenizer=load_tokenizer(path, request.model_config), batch_size=BATCH)
-    return {key: _run(runner, where, task, request.seed) for key, (where, task) in tasks.items()}
+    return {key: _tried(runner, where, task, request.seed) for key, (where, task) in tasks.items()}
+
+
+def _tried(runner: Any, where: str, task: TaskConfig, seed: int) -> TaskScores | Invalid:
+    try:
+        return _run(runner, where, task, seed)
+    except Invalid as error:
+        return error
 
 
 def _run(runner: Any, where: str, task: TaskConfig, seed: int) -> TaskScores:
-    """Invalid for whatever stops the harness: data out of reach, a task's own code that raises, texts that are cut."""
+    """Invalid for whatever a task does wrong: its own code raises, texts are cut. What the machine or the network does
+    (a full disk; a DataError for data out of reach) ends the command: a verdict would be replayed when all is well."""
     from lm_eval import evaluate
     from lm_eval.api.metrics import mean, nanmean
 
@@ -60,6 +70,10 @@ def _run(runner: Any, where: str, task: TaskConfig, seed: int) -> TaskScores:
             )  # fmt: skip
     except (Invalid, ConfigError, torch.OutOfMemoryError):
         raise
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise DataError(f"{where}: what the task reads cannot be had: {type(error).__name__}: {error}") from error
     except Exception as error:  # a task is the code of others, and its data may lie anywhere
         raise Invalid(f"{where}: lm-evaluation-harness: {type(error).__name__}: {error}") from error
     return collect(found.name, loaded, result["samples"], {name: len(ids) for name, ids in drawn.items()},

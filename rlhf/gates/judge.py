@@ -106,7 +106,8 @@ def _measure(request: GateRequest, wanted: set[str], scorer: Scorer | None, verd
 
     measured = measure.measure(request, wanted, scorer)
     for scores in measured.tasks.get("", {}).values():
-        verdict.suite_digests[scores.name] = scores.documents
+        if not isinstance(scores, Invalid):
+            verdict.suite_digests[scores.name] = scores.documents
     verdict.samples = [sample.to_json() for sample in measured.samples]
     if measured.samples:
         verdict.generation = {

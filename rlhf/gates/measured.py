@@ -103,7 +103,8 @@ class Measured:
     rankings: list[RankedRewards] = field(default_factory=list)
     reference: list[Loss] = field(default_factory=list)
     demonstrations: list[Loss] = field(default_factory=list)
-    tasks: dict[str, dict[str, TaskScores]] = field(default_factory=dict)  # by model, "" the candidate, and by task
+    # By model, "" the candidate, and by task: its scores, or why there are none.
+    tasks: dict[str, dict[str, TaskScores | Invalid]] = field(default_factory=dict)
 
 
 def finite(value: float | None, what: str) -> float:

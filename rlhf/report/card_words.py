@@ -5,15 +5,6 @@ from __future__ import annotations
 TITLES = {"sft": "supervised fine-tuning", "rm": "reward model", "ppo": "policy after PPO"}
 PIPELINES = {"sft": "text-generation", "rm": "text-classification", "ppo": "text-generation"}
 USES = {
-    "PROMOTED": "Its gate's verdict is PASS, and so are those of the stages that it was made from.",
-    "WAIVED": "Its gate, or that of a stage that it was made from, did not pass. A named person let it go on, for "
-    "named checks and until a day: see Waivers.",
-    "UNPROMOTED": "Its gate, or that of a stage that it was made from, did not pass. Nothing shows that this model "
-    "is safe to use.",
-    "NOT JUDGED": "No gate has judged this model.",
-}  # fmt: skip
-UNVERIFIED = "The record is not whole, so the status that it states is not to be relied on. It states:"
-USES = {
     "sft": "A language model tuned on demonstrations. It is the start and the reference of PPO, and a baseline to "
     "compare with. Use it only as far as the verdict below covers: the checks were made on the gate's prompts, and "
     "other languages, subjects and prompts were not looked at.",

@@ -81,7 +81,7 @@ def subject_of(run: RunView, stage: StageView) -> Subject:
 def standing(subject: Subject) -> Standing:
     """The worst status of the lineage; UNVERIFIED where what decides about it is damaged or contradicts itself."""
     stage, stated = subject.stage, subject.stage.status
-    problems = _contradictions(subject)
+    problems = [line for each in subject.lineage for line in _contradictions(subject.run, each)]
     doubtful = bool(problems) or any(PurePath(file.name).name in DECIDING for file in subject.problems)
     damaged = [f"{file.name} is {file.state}: {file.note or file.state}" for file in subject.problems]
     word = stated if stated in ORDER else "NOT JUDGED"
@@ -109,14 +109,14 @@ def _rank(status: str) -> int:
     return ORDER.index(status) if status in ORDER else len(ORDER)
 
 
-def _contradictions(subject: Subject) -> list[str]:
-    stage, found = subject.stage, []
-    entered = subject.run.events("promotion", stage.name)
-    last = entered[-1] if entered else None
-    if last is not None and (last.get("status"), last.get("digest")) != (stage.status, subject.manifest.get("digest")):
+def _contradictions(run: RunView, stage: StageView) -> list[str]:
+    found = []
+    entered = run.events("promotion", stage.name)
+    last, digest = entered[-1] if entered else None, (stage.manifest or {}).get("digest")
+    if last is not None and (last.get("status"), last.get("digest")) != (stage.status, digest):
         found.append(f"the ledger's newest promotion of {stage.name} has another status or digest")
     if stage.status == "PROMOTED" and stage.decision != "PASS":
-        found.append(f"the status is PROMOTED and the verdict {stage.decision}")
+        found.append(f"the status of {stage.name} is PROMOTED and its verdict {stage.decision}")
     return found
 
 

@@ -50,15 +50,22 @@ def _number(value: Any, what: str) -> float:
 def lm_eval(measured: Measured, check: CheckConfig, rules: Rules) -> Finding:
     """`min`, `max` or `within` of one metric of a task, and its difference from other models by document."""
     key = task_key(check.task)
-    mine = _choose(measured.tasks[""][key], check)
+    mine = _choose(_scores(measured, "", key), check)
     finding = _alone(mine, check, rules)
     finding.details["higher_is_better"] = float(mine.metric.higher_is_better)
     if check.noninferiority.vs:
-        others = {name: _choose(measured.tasks[name][key], check) for name in check.noninferiority.vs}
+        others = {name: _choose(_scores(measured, name, key), check) for name in check.noninferiority.vs}
         found = [_compare(name, mine, theirs, check, rules) for name, theirs in others.items()]
         finding.details["baseline"] = _estimate(next(iter(others.values())))
         add_comparisons(finding, found, check, mine.name)
     return finding
+
+
+def _scores(measured: Measured, model: str, key: str) -> TaskScores:
+    scores = measured.tasks[model][key]
+    if isinstance(scores, Invalid):
+        raise scores
+    return scores
 
 
 def _choose(scores: TaskScores, check: CheckConfig) -> _Chosen:
@@ -96,7 +103,7 @@ def _alone(mine: _Chosen, check: CheckConfig, rules: Rules) -> Finding:
     finding = Finding(status="RECORDED", n=len(mine.metric.values), estimate=_estimate(mine), bound_kind=kind)
     finding.bound = low if good else high
     if check.max is not None or check.min is not None:
-        settle(finding, check, other=high if good else low, possible=finding.n > 1, what=mine.name)
+        settle(finding, check, other=high if good else low, possible=True, what=mine.name)
     return finding
 
 
@@ -110,11 +117,15 @@ def _estimate(chosen: _Chosen) -> float:
 def _aggregate(chosen: _Chosen, ids: list[str]) -> float:
     """The metric of some documents, of one as often as it is named."""
     assert chosen.metric.aggregate is not None
-    return _number(chosen.metric.aggregate([chosen.metric.values[doc] for doc in ids]), chosen.name)
+    try:
+        value = chosen.metric.aggregate([chosen.metric.values[doc] for doc in ids])
+    except Exception as error:  # the task's own code
+        raise Invalid(f"{chosen.name}: its aggregation raises {type(error).__name__}: {error}") from error
+    return _number(value, chosen.name)
 
 
 def _bounds(chosen: _Chosen, rules: Rules) -> tuple[float, float, str]:
-    """Both one-sided bounds, and what kind they are."""
+    """Both one-sided bounds, and what kind they are. Invalid where there are too few documents for one."""
     n, level = len(chosen.metric.values), 1 - rules.alpha
     if chosen.is_rate:
         k = sum(bool(value) for value in chosen.metric.values.values())
@@ -123,19 +134,25 @@ def _bounds(chosen: _Chosen, rules: Rules) -> tuple[float, float, str]:
     if chosen.metric.aggregate is None:
         return *_mean_bounds(chosen.numbers(), chosen.name, rules), f"bootstrap_t_{level:g}"
     ids = list(chosen.metric.values)
-    scores = [_aggregate(chosen, [ids[i] for i in drawn]) for drawn in _resamples(n, rules)]
+    scores = [_aggregate(chosen, [ids[i] for i in drawn]) for drawn in _resamples(n, chosen.name, rules)]
     return *_percentiles(scores, rules), f"document_bootstrap_{level:g}"
 
 
 def _mean_bounds(numbers: dict[str, float], what: str, rules: Rules) -> tuple[float, float]:
-    if len(numbers) < 2:
-        raise Invalid(f"{what}: a bound needs at least 2 documents, there is {len(numbers)}")
+    _require_two(len(numbers), what)
     low, high = (mean_bound(list(numbers.values()), list(numbers), rules.alpha, side, rules.seed).bound
                  for side in SIDES)  # fmt: skip
     return low, high
 
 
-def _resamples(n: int, rules: Rules) -> Any:
+def _require_two(n: int, what: str) -> None:
+    if n < 2:
+        raise Invalid(f"{what}: a bound needs at least 2 documents, there is {n}")
+
+
+def _resamples(n: int, what: str, rules: Rules) -> Any:
+    """Documents drawn again. Of one document every draw is the same, and its bound would have no width."""
+    _require_two(n, what)
     return np.random.default_rng(rules.seed).integers(0, n, size=(RESAMPLES, n))
 
 
@@ -162,7 +179,7 @@ def _compare(name: str, mine: _Chosen, theirs: _Chosen, check: CheckConfig, rule
         kind, estimate = "bootstrap_t", sum(by_doc.values()) / len(by_doc)
     else:
         lost = [sign * (_aggregate(theirs, [ids[i] for i in drawn]) - _aggregate(mine, [ids[i] for i in drawn]))
-                for drawn in _resamples(len(ids), rules)]  # fmt: skip
+                for drawn in _resamples(len(ids), mine.name, rules)]  # fmt: skip
         (low, high), worst = _percentiles(lost, rules), []
         kind, estimate = "document_bootstrap", sign * (_estimate(theirs) - _estimate(mine))
     loss = Loss(estimate=estimate, low=low, high=high, n=len(ids), worst=worst,
