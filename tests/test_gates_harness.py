@@ -6,6 +6,7 @@ skips where the library is not installed, runs it on a toy model.
 
 import importlib
 import json
+import re
 import statistics
 import sys
 
@@ -13,7 +14,7 @@ import pytest
 from test_gates_judge import RECORD, WORDS, policy, request, trio  # noqa: F401  # a fixture
 
 from rlhf.config import CheckConfig, NoninferiorityConfig, TaskConfig, check_all
-from rlhf.errors import ConfigError, Invalid
+from rlhf.errors import ConfigError, DataError, Invalid
 from rlhf.gates import harness, judge, message, policy_digest
 from rlhf.gates.checks import KINDS
 from rlhf.gates.deciding import Rules
@@ -418,13 +419,22 @@ def test_a_group_is_all_documents_and_what_the_library_cannot_do_is_invalid(trio
         gate = policy(checks={"sft": {"task": check, "degenerate": {"max": 1.0}}})
         return judge(request("sft", trio["sft"], {"base": trio["base"]}, gate))
 
+    def why(name):
+        """Of a check that only records: the other check is judged all the same."""
+        found = verdict(name=name)
+        assert [check.status for check in found.checks] == ["RECORDED", "PASS"] and found.decision == "PASS"
+        return found.checks[0].reason
+
     text = (own_tasks / "which.yaml").read_text()
     (own_tasks / "which.yaml").write_text(text + "num_fewshot: 30\n")
-    assert "too long for the model" in verdict(name="which").reason
+    assert "too long for the model" in why("which")
     (own_tasks / "which.yaml").write_text(text.replace("{{label}}", "{{gone}}"))
-    assert "lm-evaluation-harness: " in verdict(name="which").reason
+    assert "lm-evaluation-harness: " in why("which")
+    (own_tasks / "which.yaml").write_text(re.sub("dataset_.*\n", "", text) + "dataset_path: nobody/nothing\n")
+    with pytest.raises(DataError, match="what the task reads cannot be had"):  # and no verdict that would be replayed
+        verdict(name="which")
     (own_tasks / "which.yaml").write_text(text)
-    assert "no metric in common" in verdict(name="unlike").reason
+    assert "no metric in common" in why("unlike")
     both = verdict(name="alike").checks[0]
     assert (both.n, both.estimate) == (80, 0.75)
     with pytest.raises(ConfigError, match=r"no task 'wich'.* did you mean"):  # of all that the library has
