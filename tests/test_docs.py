@@ -37,6 +37,7 @@ NOT_PLANNED = {
     "launch.hostfile=": "two machines with GPUs",
     "run.root=/shared/runs": "an allocation of SLURM",
     "launch.gpus=8": "eight GPUs",
+    "do=chat ppo.artifact=": "a run of its own: a plan takes the model for another's, a chat opens it",
 }
 # What a model of 256 positions and forty tokens of text can take, where a command names none of it.
 SMALL = ("data.max_length=128", "data.max_prompt_length=64", "ppo.max_new_tokens=8")

@@ -128,7 +128,7 @@ def _below(name: str, index: Any) -> dict[str, Any]:
 
 def _read(path: Path, key: str) -> dict[str, Any]:
     try:
-        read = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # it is a SafeLoader
+        read = _Loader(path.read_text(encoding="utf-8")).get_single_data()
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{key}: {path}: cannot be read: {error}") from error
     if not isinstance(read, dict):
