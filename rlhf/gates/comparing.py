@@ -77,16 +77,8 @@ def compare_losses(name: str, lost: Loss, check: CheckConfig) -> Finding:
     if finding.bound is not None:
         finding.details[f"bound[{name}]"] = finding.bound
     figures = f"against {name}: worse by {lost.estimate:.4f}, bound {lost.high:.4f}, margin {margin:g}"
-    if lost.low > margin:
-        finding.status, finding.reason = "FAIL", f"{figures}: shown to be worse"
-    elif lost.n < check.min_n or finding.bound is None:
-        least = f"n={lost.n} is below min_n={check.min_n}" if lost.n < check.min_n else "too few units differ"
-        finding.status, finding.reason = "INCONCLUSIVE", f"{figures}: {least}"
-    elif lost.high <= margin:
-        finding.reason = f"{figures}: the bound keeps the margin"
-    else:
-        more = f"; at this difference about n={finding.needed_n} would do" if finding.needed_n else ""
-        finding.status, finding.reason = "FAIL", f"{figures}: not shown to be no worse{more}"
+    few = "too few units differ" if finding.bound is None else ""
+    _judge(finding, check, (lost.low, lost.high), figures, few=few, rate="this difference")
     return finding
 
 
@@ -109,16 +101,30 @@ def compare_events(name: str, events: Events, theirs: Events, check: CheckConfig
     least = pairs_needed(0, 0, n, margin, rules.alpha)
     figures = f"against {name}: {b} prompts are bad with the candidate alone, {c} with {name} alone: difference "
     figures += f"{finding.estimate:.4f}, bound {high:.4f}, margin {margin:g}"
+    few = least is not None and n < least
+    hint = f"n={n} is too few; n >= {least} is needed at the least: raise gate.prompts"
+    _judge(finding, check, (low, high), figures, few=hint if few else "", rate="these rates")
+    return finding
+
+
+def _judge(
+    finding: Finding, check: CheckConfig, interval: tuple[float, float], figures: str, *, few: str, rate: str
+) -> None:
+    """Hold both bounds of a difference against the margin, which is the finding's limit.
+
+    few: why n is too small to show anything, if it is; rate: at what `needed_n` would do.
+    """
+    low, high = interval
+    margin = finding.limit
+    assert margin is not None
     if low > margin:
         finding.status, finding.reason = "FAIL", f"{figures}: shown to be worse"
-    elif n < check.min_n:
-        finding.status, finding.reason = "INCONCLUSIVE", f"{figures}: n={n} is below min_n={check.min_n}"
+    elif finding.n < check.min_n:
+        finding.status, finding.reason = "INCONCLUSIVE", f"{figures}: n={finding.n} is below min_n={check.min_n}"
     elif high <= margin:
         finding.reason = f"{figures}: the bound keeps the margin"
-    elif least is not None and n < least:
-        finding.status = "INCONCLUSIVE"
-        finding.reason = f"{figures}: n={n} is too few; n >= {least} is needed at the least: raise gate.prompts"
+    elif few:
+        finding.status, finding.reason = "INCONCLUSIVE", f"{figures}: {few}"
     else:
-        more = f"; at these rates about n={finding.needed_n} would do" if finding.needed_n else ""
+        more = f"; at {rate} about n={finding.needed_n} would do" if finding.needed_n else ""
         finding.status, finding.reason = "FAIL", f"{figures}: not shown to be no worse{more}"
-    return finding
