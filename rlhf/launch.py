@@ -57,7 +57,8 @@ def resolve_run_dir(cfg: Config) -> None:
 
 def to_plain(cfg: Config) -> dict[str, Any]:
     """The configuration as JSON-able values; enums by their names."""
-    return {field.name: _plain(getattr(cfg, field.name)) for field in dataclasses.fields(cfg)}
+    plain: dict[str, Any] = _plain(cfg)
+    return plain
 
 
 def _plain(value: Any) -> Any:
