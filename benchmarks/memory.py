@@ -60,7 +60,7 @@ def main() -> None:
         watch(arguments.rank, rise)
         return
     from rlhf.pipeline import Run
-    from rlhf.plan_memory import stage_peak
+    from rlhf.plan_memory import role_sizes, stage_peak
 
     print(f"{'setting':10} {'rest':>6} {'training':>9} {'reading':>8} {'plan MiB':>9} {'measured':>9} {'ratio':>6}")
     with tempfile.TemporaryDirectory() as name:
@@ -70,7 +70,8 @@ def main() -> None:
         for setting in arguments.only:
             stage, overrides = setting.partition("-")[0], [*SHAPES, *data, *SETTINGS[setting]]
             cfg = configuration(stage, model, folder, setting, overrides)
-            rest, trains, reads = stage_peak(Run(cfg, read_only=True), stage)
+            run = Run(cfg, read_only=True)
+            rest, trains, reads = stage_peak(run, stage, role_sizes(run))
             planned = rest + max(trains, reads)
             found = max(run_ranks(cfg, __file__, {} if arguments.as_is else AT_ONCE))
             print(

@@ -12,7 +12,7 @@ from rlhf.errors import ConfigError, LineageError, RLHFError
 from rlhf.gates.policy import policy_digest
 from rlhf.manifest import STARTED, VERDICT, differences, read_manifest, recipe_of
 from rlhf.pipeline import UNUSED, Run
-from rlhf.plan_memory import peaks_table, ranks_asked, roles_table
+from rlhf.plan_memory import base_is_there, peaks_table, ranks_asked, role_sizes, roles_table
 from rlhf.preflight import check_batches, validate
 
 
@@ -20,8 +20,9 @@ def plan_tables(run: Run, stages: tuple[str, ...]) -> Iterator[Table]:
     """The tables in the order in which they are shown."""
     yield _graph(run, stages)
     yield _batches(run.cfg)
-    yield roles_table(run)
-    yield peaks_table(run, stages)
+    sizes = role_sizes(run) if base_is_there(run) else []
+    yield roles_table(run, sizes)
+    yield peaks_table(run, stages, sizes)
 
 
 def _graph(run: Run, stages: tuple[str, ...]) -> Table:

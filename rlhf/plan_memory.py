@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.config import Config, CriticInit, Dtype, LoraConfig, stage_config
@@ -56,6 +55,11 @@ def ranks_asked(cfg: Config) -> int:
 # ---- models without weights
 
 
+def base_is_there(run: Run) -> bool:
+    """False where the world has yet to make the model that everything starts from."""
+    return run.world is None or Path(run.base()).is_dir()
+
+
 def skeleton(run: Run) -> Any:
     """The policy by its configuration alone, without weights."""
     model, trust = run.cfg.model, run.cfg.model.trust_remote_code
@@ -84,9 +88,11 @@ def _adapter(model: Any, lora: LoraConfig) -> int:
 # ---- roles
 
 
-def role_sizes(run: Run) -> list[tuple[str, int, int]]:
-    """What each role holds in memory of its own: its name, the weights, and how many of them are trained. Heads, of
-    some thousand weights, are left out."""
+Sizes = list[tuple[str, int, int]]  # of each role: its name, its weights, how many of them are trained
+
+
+def role_sizes(run: Run) -> Sizes:
+    """What each role holds in memory of its own. Heads, of some thousand weights, are left out."""
     cfg, base = run.cfg, sum(p.numel() for p in skeleton(run).parameters())
     sizes = []
     scored = "rm" in run.parents_of("ppo")  # by a reward model of the run
@@ -111,58 +117,52 @@ def role_sizes(run: Run) -> list[tuple[str, int, int]]:
     return [*sizes, (last, models * reward, 0)] if scored else sizes
 
 
-def roles_table(run: Run) -> Table:
-    """Bytes of weights, gradients and Adam's moments by role on one rank (rlhf.footprint)."""
+def roles_table(run: Run, sizes: Sizes) -> Table:
+    """Bytes of weights, gradients and Adam's moments by role on one rank (rlhf.footprint); no sizes: no base yet."""
     ranks = ranks_asked(run.cfg)
     engine = run.cfg.engine.kind.on(ranks).value
     where = "one rank" if ranks == 1 else f"each of {ranks} ranks"
     table = Table(title=f"memory on {where}, engine={engine}, without passes", title_justify="left")
     for column in ("role", "parameters", "weights MiB", "gradients MiB", "optimizer MiB", "checkpoint MiB"):
         table.add_column(column, justify="right")
-    if not _base_is_there(run):
+    if not sizes:
         table.add_row("built by the world on the first run", *[""] * 5)
-        return table
-    for sizes in role_sizes(run):
-        role = Role(*sizes)
+    for role in (Role(*size) for size in sizes):
         parts = role.weights(engine, ranks), role.gradients(engine, ranks), role.optimizer(engine, ranks)
         table.add_row(role.name, f"{role.held:,}", *(f"{size / MIB:,.1f}" for size in (*parts, role.checkpoint)))
     return table
 
 
-def _base_is_there(run: Run) -> bool:
-    return run.world is None or Path(run.base()).is_dir()
-
-
 # ---- stages
 
 
-def peaks_table(run: Run, stages: tuple[str, ...]) -> Table:
+def peaks_table(run: Run, stages: tuple[str, ...], sizes: Sizes) -> Table:
     """The most that each stage holds at once on one rank, with rows as long as the configuration lets them be."""
     table = Table(title="peak on one rank at the longest rows", title_justify="left")
     for column in ("stage", "at rest MiB", "training adds MiB", "reading adds MiB", "peak MiB"):
         table.add_column(column, justify="right")
-    if _base_is_there(run):
-        for stage in stages:
-            if stage_config(run.cfg, stage).artifact is None:
-                table.add_row(stage, *_cells(run, stage))
+    for stage in stages if sizes else ():
+        if stage_config(run.cfg, stage).artifact is None:
+            table.add_row(stage, *_cells(run, stage, sizes))
     return table
 
 
-def _cells(run: Run, stage: str) -> list[str]:
+def _cells(run: Run, stage: str, sizes: Sizes) -> list[str]:
     """The numbers of a stage; why there are none where torch cannot make a pass of this model without data."""
     try:
-        rest, trains, reads = stage_peak(run, stage)
-    except (NotImplementedError, DataDependentOutputException, DynamicOutputShapeException, *UNLIKE) as error:
-        return ["", "not counted", "", f"{type(error).__name__}: {str(error).strip().splitlines()[0][:60]}"]
+        rest, trains, reads = stage_peak(run, stage, sizes)
+    except UNLIKE as error:  # those of tensors without data are RuntimeErrors
+        first = str(error).strip().partition("\n")[0]
+        return ["", "not counted", "", f"{type(error).__name__}: {first[:60]}"]
     return [f"{cell / MIB:,.0f}" for cell in (rest, trains, reads, rest + max(trains, reads))]
 
 
-def stage_peak(run: Run, stage: str) -> tuple[float, float, float]:
+def stage_peak(run: Run, stage: str, sizes: Sizes) -> tuple[float, float, float]:
     """Bytes on one rank: weights and moments of the stage's roles; what its largest training pass adds, gradients among
     it; what evaluation or decoding adds, at another time."""
     cfg, ranks = run.cfg, ranks_asked(run.cfg)
     engine = cfg.engine.kind.on(ranks).value
-    mine = [Role(*sizes) for sizes in role_sizes(run) if sizes[0].split()[0] == stage]
+    mine = [Role(*size) for size in sizes if size[0].split()[0] == stage]
     trained, largest = next(role for role in mine if role.trained), max(mine, key=lambda role: role.held)
     rest = sum(role.weights(engine, ranks) + role.optimizer(engine, ranks) for role in mine)
     on_cpu = run.device.type == "cpu"
@@ -171,9 +171,9 @@ def stage_peak(run: Run, stage: str) -> tuple[float, float, float]:
     shapes = largest_shapes(cfg, stage, ranks, _responses(run) if stage == "rm" else 1)
     trains = _pass(run, stage, stage, replace(shapes, on_cpu=on_cpu))
     trains += trained.gradients(engine, ranks) - FLOAT * trained.trained + trained.sent(engine)
-    config = skeleton(run).config
     if stage == "rm":  # held-out rankings are read in passes of their own, without logits
         return rest, trains + largest.gathered(engine), 0.0
+    config = skeleton(run).config
     reads = _pass(run, stage, "read", reading_shapes(cfg, stage, config))
     if stage == "ppo":
         reads += cache_bytes(config, cfg) + noise_bytes(config, cfg)
