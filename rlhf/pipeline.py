@@ -68,6 +68,7 @@ class Run(RunDir):
         super().__init__(cfg, read_only=read_only)
         self.crew = crew or Crew(Ranks())
         self.failed: list[Judgement] = []  # verdicts other than PASS that this command met
+        self._carded = ""  # the ledger's head when this command last renewed the model cards
 
     # ---- the world: base model, data files, simulated annotators
 
@@ -373,7 +374,14 @@ class Run(RunDir):
             why = {"decision": ALLOW, "waiver_id": judgement.waiver.waiver_id} if judgement.waiver else {}
             self.ledger.append("promotion", stage=stage, status=status, digest=manifest["digest"], **why)
         publish(self.cfg.tracker, folder, self.cfg.run.name, manifest, judgement.record)
-        try:  # an older card would still tell of the status before
+        self._renew_cards(stage)
+
+    def _renew_cards(self, stage: str) -> None:
+        """An older card would still tell of the status before. What a card tells of changes with the ledger."""
+        if self._carded == self.ledger.head:
+            return
+        try:
             write_cards(read_run(self.dir))
+            self._carded = self.ledger.head
         except OSError as error:
             say(f"{stage}: its model card cannot be written ({error.strerror})", style="yellow")

@@ -123,6 +123,16 @@ def test_the_model_card_follows_the_verdict(lab: Lab) -> None:
     assert lab.trained == ["sft", "rm", "ppo"]
 
 
+def test_the_record_is_read_for_cards_once_while_it_does_not_change(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab.run()
+    card, read = lab.path("sft") / "model" / "README.md", []
+    card.unlink()
+    reader = pipeline.read_run
+    monkeypatch.setattr(pipeline, "read_run", lambda path: read.append(path) or reader(path))
+    lab.run()
+    assert len(read) == 1 and card.exists()
+
+
 @pytest.mark.parametrize("stage", ["sft", "rm"])
 def test_a_byte_flipped_in_a_parent_is_13(lab: Lab, stage: str) -> None:
     lab.run()
