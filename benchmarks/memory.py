@@ -11,7 +11,6 @@ library keeps for later. `--as-is` leaves that out. Linux only.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import importlib
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from process import memory
-from stage_runs import configuration, run_ranks, watch, write_data, write_reward_model
+from stage_runs import arguments_of, configuration, run_ranks, watch, write_data, write_reward_model
 
 MIB = 2**20
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -50,11 +49,8 @@ def rise(perform: Callable[[], Any], stage: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a folder with a causal language model and a chat template")
-    parser.add_argument("--only", nargs="*", choices=SETTINGS, default=list(SETTINGS))
+    parser = arguments_of(__doc__, SETTINGS)
     parser.add_argument("--as-is", action="store_true", help="with the C library's own memory management")
-    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank is not None:
         watch(arguments.rank, rise)

@@ -10,7 +10,6 @@ the processor time of an update on the rank that has most: how evenly the work i
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
 import tempfile
@@ -20,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stage_runs import configuration, run_ranks, watch, write_data, write_reward_model
+from stage_runs import arguments_of, configuration, run_ranks, watch, write_data, write_reward_model
 
 WARM_UP = 2  # updates
 SHAPES = (
@@ -70,13 +69,10 @@ def seconds(perform: Callable[[], Any], stage: str) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a folder with a causal language model and a chat template")
-    parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS))
+    parser = arguments_of(__doc__, ROWS)
     parser.add_argument("--engine", default="ddp", help="of the two ranks")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--set", nargs="*", default=[], help="more overrides, for both")
-    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank is not None:
         watch(arguments.rank, seconds)

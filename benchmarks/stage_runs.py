@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,15 @@ SMALL = (
     "gate.max_new_tokens=8", "data.on_overlong=truncate_prompt", "sft.optim.evals=1", "rm.optim.evals=1",
     "ppo.eval_prompts=4",
 )  # fmt: skip
+
+
+def arguments_of(doc: str | None, names: Collection[str]) -> argparse.ArgumentParser:
+    """What both benchmarks are told; `--rank` is how they start themselves as one rank."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a folder with a causal language model and a chat template")
+    parser.add_argument("--only", nargs="*", choices=list(names), default=list(names))
+    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
+    return parser
 
 
 def write_data(folder: Path, rows: int, prompts: tuple[int, int], responses: tuple[int, int]) -> list[str]:
@@ -71,6 +82,7 @@ def run_ranks(cfg: Any, script: str, environment: dict[str, str]) -> list[Any]:
     if one left nothing."""
     from rlhf.launch import to_plain, worker_environment
     from rlhf.places import Place
+    from rlhf.supervise import supervise
 
     folder, ranks = Path(f"{cfg.run.dir}.ranks"), cfg.launch.gpus
     folder.mkdir()
@@ -78,14 +90,15 @@ def run_ranks(cfg: Any, script: str, environment: dict[str, str]) -> list[Any]:
     spec.write_text(json.dumps(to_plain(cfg)), encoding="utf-8")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    common, processes = {**worker_environment(), "OMP_NUM_THREADS": "1", **environment}, []
-    for rank in range(ranks):
+    common = {**worker_environment(), "OMP_NUM_THREADS": "1", **environment}
+
+    def start(rank: int) -> subprocess.Popen[Any]:
         place = Place(rank, ranks, rank, "127.0.0.1", port).variables() if ranks > 1 else {}
         with (folder / f"rank-{rank}.log").open("w", encoding="utf-8") as log:
             command = [sys.executable, script, "--rank", str(spec)]
-            processes.append(subprocess.Popen(command, env={**common, **place}, stdout=log, stderr=log))
-    for process in processes:
-        process.wait()
+            return subprocess.Popen(command, env={**common, **place}, stdout=log, stderr=log)
+
+    supervise([partial(start, rank) for rank in range(ranks)], cfg.launch.grace_seconds)
     found = [folder / f"rank-{rank}.json" for rank in range(ranks)]
     if not all(path.exists() for path in found):
         raise RuntimeError((folder / "rank-0.log").read_text(encoding="utf-8")[-3000:])
