@@ -1,9 +1,9 @@
 """One step of decoding, one new token a row, without the library's glue between a model's linear layers.
 
 At a few rows a step's products are small, and on a CPU half of its time is Python: masks made anew, attention looked up
-by name, keyword arguments handed down. Here the same modules (linear layers, with adapters if they have them, and
-feed-forward blocks) are called in the same order with what they need and no more. Only models whose attention is known
-to be just this are decoded so, and each is tried once against its own forward pass; all others run as always.
+by name, keyword arguments handed down. Here the same products are made in the same order with what they need and no
+more, and layers that read the same input are multiplied at once (`rlhf.packed`). Only models whose layers are known to
+be just this are decoded so, and each is tried once against its own forward pass; all others run as always.
 
 Shapes: B rows, T tokens of the cache, H query heads, G key-value heads, D units of a head, E of a state, V vocabulary.
 """
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rlhf.kv_cache import RoomyLayer, make_cache
+from rlhf.packed import Product, side_by_side
 from rlhf.trial import UNLIKE, alike
 
 PLAIN = ("LlamaAttention", "MistralAttention", "Qwen2Attention")  # rotary positions, one softmax, nothing else
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
+GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP")  # down(act(gate(x)) * up(x))
 PROBE = 6  # tokens of the rows that a model is tried on
 
 _usable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -31,12 +33,13 @@ _usable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 class DecodeStep:
     """The next-token logits of a causal model whose cache holds all tokens but the last.
 
+    It may hold the weights as they were when it was made: one step serves one round of sampling.
     ready: called before each step; it makes the role on a shared base the one that computes.
     """
 
     def __init__(self, model: Any, ready: Callable[[], None] | None = None) -> None:
         self.ready = ready
-        self.head = model.get_output_embeddings()
+        self.head = side_by_side([model.get_output_embeddings()])
         self.body = getattr(model, model.base_model_prefix)
         self.layers = [_Layer(layer) for layer in self.body.layers]
         self.norm = _norm(self.body.norm)
@@ -60,27 +63,43 @@ class DecodeStep:
 
 class _Layer:
     def __init__(self, layer: Any) -> None:
-        self.attention, self.mlp = layer.self_attn, layer.mlp
+        a = layer.self_attn
+        self.qkv, self.out = side_by_side([a.q_proj, a.k_proj, a.v_proj]), side_by_side([a.o_proj])
+        self.groups, self.scaling = a.num_key_value_groups, a.scaling
+        self.mlp = _mlp(layer.mlp)
         self.norms = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
-        self.groups = layer.self_attn.num_key_value_groups
 
     def __call__(
         self, x_B1E: Tensor, cos_B11D: Tensor, sin_B11D: Tensor, bias_B11T: Tensor | None, store: Any
     ) -> Tensor:
-        a, rows, width = self.attention, x_B1E.shape[0], cos_B11D.shape[-1]
-        y_B1E = self.norms[0](x_B1E)
-        # Queries and keys turn together: [B, H + G, 1, D].
-        qk_BH1D = torch.cat((a.q_proj(y_B1E), a.k_proj(y_B1E)), -1).view(rows, -1, 1, width)
+        rows, width = x_B1E.shape[0], cos_B11D.shape[-1]
+        # Queries and keys turn together; then H, G and G heads are told apart.
+        qkv_BH1D = self.qkv(self.norms[0](x_B1E)).view(rows, -1, 1, width)
+        turning = qkv_BH1D.shape[1] * (self.groups + 1) // (self.groups + 2)
+        heads = turning * self.groups // (self.groups + 1)
+        qk_BH1D, values_BG1D = qkv_BH1D[:, :turning], qkv_BH1D[:, turning:]
         low, high = qk_BH1D.chunk(2, -1)
         qk_BH1D = qk_BH1D * cos_B11D + torch.cat((-high, low), -1) * sin_B11D
-        heads = qk_BH1D.shape[1] * self.groups // (self.groups + 1)
-        keys_BGTD, values_BGTD = store.update(qk_BH1D[:, heads:], a.v_proj(y_B1E).view(rows, -1, 1, width))
+        keys_BGTD, values_BGTD = store.update(qk_BH1D[:, heads:], values_BG1D)
         # The heads that share keys stand where a sequence's queries would: no key is repeated.
         q_BGHD = qk_BH1D[:, :heads].reshape(rows, -1, self.groups, width)
-        z_BGHD = functional.scaled_dot_product_attention(q_BGHD, keys_BGTD, values_BGTD, bias_B11T, scale=a.scaling)
-        x_B1E = x_B1E + a.o_proj(z_BGHD.reshape(rows, 1, -1))
+        z_BGHD = functional.scaled_dot_product_attention(q_BGHD, keys_BGTD, values_BGTD, bias_B11T, scale=self.scaling)
+        x_B1E = x_B1E + self.out(z_BGHD.reshape(rows, 1, -1))
         out_B1E: Tensor = x_B1E + self.mlp(self.norms[1](x_B1E))
         return out_B1E
+
+
+def _mlp(mlp: Any) -> Product:
+    """The feed-forward block in two products where it is known to be gated, else as it is."""
+    if type(mlp).__name__ not in GATED:
+        return mlp  # type: ignore[no-any-return]  # a module
+    gate_up, down, act = side_by_side([mlp.gate_proj, mlp.up_proj]), side_by_side([mlp.down_proj]), mlp.act_fn
+
+    def run(x_B1E: Tensor) -> Tensor:
+        gate, up = gate_up(x_B1E).chunk(2, -1)
+        return down(act(gate) * up)
+
+    return run
 
 
 def _norm(norm: Any) -> Any:
@@ -108,7 +127,8 @@ def _is_plain(model: Any) -> bool:
     layers = getattr(body, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not type(model).__module__.startswith("transformers.models."):
         return False
-    skipped = [model, body, *layers, *(layer.self_attn for layer in layers if hasattr(layer, "self_attn"))]
+    blocks = [getattr(layer, name) for layer in layers for name in ("self_attn", "mlp") if hasattr(layer, name)]
+    skipped = [model, body, *layers, *blocks]
     if any(module._forward_hooks or module._forward_pre_hooks for module in skipped):
         return False  # they would not run
     return all(type(getattr(layer, "self_attn", None)).__name__ in PLAIN for layer in layers)

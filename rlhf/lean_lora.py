@@ -26,6 +26,28 @@ def make_lean(layer: Any) -> None:
         layer.forward = functools.partial(_forward, layer)
 
 
+def effective_weight(layer: Any) -> Tensor | None:
+    """weight_OI that a linear layer multiplies by now, its active adapter's product added if it has one; None where it
+    does anything else (another kind of layer, hooks, a quantised or sharded weight, DoRA, an adapter's own bias)."""
+    from_peft = hasattr(layer, "base_layer")
+    base = layer.base_layer if from_peft else layer
+    if type(base) is not nn.Linear or any(m._forward_hooks or m._forward_pre_hooks for m in (layer, base)):
+        return None
+    weight_OI: Tensor = base.weight
+    if weight_OI.shape != (base.out_features, base.in_features):
+        return None  # ZeRO-3 has it elsewhere
+    if not from_peft:
+        return weight_OI if "forward" not in vars(layer) else None
+    if "forward" not in vars(layer):
+        return None  # not one that `make_lean` knows
+    names = [] if layer.disable_adapters or layer.merged else [n for n in layer._active_adapter if n in layer.lora_A]
+    for name in names:
+        if not _is_product(layer, name):
+            return None
+        weight_OI = weight_OI + layer.get_delta_weight(name)
+    return weight_OI
+
+
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     base, active = layer.base_layer, layer._active_adapter
     if len(active) == 1 and not args and not kwargs and not layer.merged and not layer.disable_adapters:
@@ -49,11 +71,15 @@ def _is_plain(layer: Any, name: str, x: Tensor, weight_OI: Tensor, down_RI: Tens
         x.dtype == weight_OI.dtype == down_RI.dtype == up_OR.dtype
         and not torch.is_autocast_enabled(x.device.type)
         and not weight_OI.requires_grad
-        and name not in layer.lora_variant
-        and isinstance(layer.lora_dropout[name], nn.Identity)
-        and layer.lora_B[name].bias is None
+        and _is_product(layer, name)
         and not hasattr(weight_OI, "ds_id")  # ZeRO-3 gathers it where its module is called
     )
+
+
+def _is_product(layer: Any, name: str) -> bool:
+    """True if the adapter does nothing but add a multiple of B A to the weight."""
+    plain = isinstance(layer.lora_dropout[name], nn.Identity) and layer.lora_B[name].bias is None
+    return plain and name not in layer.lora_variant
 
 
 def _adapted(x: Tensor, base: nn.Linear, down_RI: Tensor, up_OR: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -177,6 +177,7 @@ def stage_peak(run: Run, stage: str, sizes: Sizes) -> tuple[float, float, float]
     reads = _pass(run, stage, "read", reading_shapes(cfg, stage, config))
     if stage == "ppo":
         reads += cache_bytes(config, cfg) + noise_bytes(config, cfg)
+        reads += FLOAT * largest.held if on_cpu else 0  # the packed copy of the weights (rlhf.packed)
     return rest, trains + largest.gathered(engine), float(reads)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rlhf.decode_step import decode_step
+from rlhf.decode_step import DecodeStep, decode_step
 from rlhf.kv_cache import fill_holes, make_cache
 from rlhf.last_layer import last_layer_at
 from rlhf.scoring import micro_batches
@@ -179,8 +179,10 @@ def generate(model: Any, prompts_ids: Sequence[list[int]], seeds: Sequence[int],
     """Sample one response for each prompt, in the order given. `seeds[i]` alone decides the noise of sample i."""
     out: list[Response | None] = [None] * len(prompts_ids)
     with torch.inference_mode(), evaluating(model):
+        step = decode_step(model, make_cache(model))
         for group in decode_groups([len(ids) for ids in prompts_ids], sampling.group):
-            decoded = _Decoder(model, [prompts_ids[i] for i in group], [seeds[i] for i in group], sampling).run()
+            given = [prompts_ids[i] for i in group], [seeds[i] for i in group]
+            decoded = _Decoder(model, step, *given, sampling).run()
             for i, response in zip(group, decoded, strict=True):
                 out[i] = response
     return [response for response in out if response is not None]
@@ -189,7 +191,7 @@ def generate(model: Any, prompts_ids: Sequence[list[int]], seeds: Sequence[int],
 def stream(model: Any, prompt_ids: list[int], seed: int, sampling: Sampling) -> Iterator[int]:
     """The ids of the response that `generate` gives for this prompt and seed, each as it is sampled."""
     with torch.inference_mode(), evaluating(model):
-        steps = _Decoder(model, [prompt_ids], [seed], sampling).steps()
+        steps = _Decoder(model, decode_step(model, make_cache(model)), [prompt_ids], [seed], sampling).steps()
     while True:
         with torch.inference_mode(), evaluating(model):  # not while the caller holds a token
             sampled = next(steps, None)
@@ -225,8 +227,11 @@ class _Noise:
 class _Decoder:
     """One decode group: prompts padded on the left, rows leave as they finish."""
 
-    def __init__(self, model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling) -> None:
-        self.model, self.sampling = model, sampling
+    def __init__(
+        self, model: Any, step: DecodeStep | None, prompts: Sequence[list[int]], seeds: Sequence[int],
+        sampling: Sampling,
+    ) -> None:  # fmt: skip
+        self.model, self.step, self.sampling = model, step, sampling
         self.device = next(model.parameters()).device
         longest = max(len(prompt) for prompt in prompts)
         lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
@@ -239,7 +244,6 @@ class _Decoder:
         self.padded = longest > min(len(prompt) for prompt in prompts)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.cache = make_cache(model)
-        self.step = decode_step(model, self.cache)
         self.prompts = prompts
         self.rows = list(range(len(prompts)))  # the row of the group that each row of the batch is
         self.seeds = list(seeds)
