@@ -29,7 +29,7 @@ from rlhf.config import Config, Do
 from rlhf.errors import ConfigError
 from rlhf.places import SOCKET_VARIABLE, Place, place_from
 from rlhf.signals import STOP_FILE
-from rlhf.supervise import supervise
+from rlhf.supervise import kill_session, supervise
 
 PARENT_VARIABLE = "RLHF_LAUNCHER_PID"
 WORKER = "rlhf.worker"
@@ -178,7 +178,9 @@ def _launch_hosts(cfg: Config) -> int:
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(to_plain(cfg)), encoding="utf-8")
         start = partial(subprocess.Popen, command, env=environment, start_new_session=True)
-        return supervise([start], at.grace_seconds, lambda _number, _processes: (folder / STOP_FILE).touch())
+        return supervise(
+            [start], at.grace_seconds, lambda _number, _processes: (folder / STOP_FILE).touch(), kill_session
+        )
     except OSError as error:
         raise ConfigError(f"run.dir: {folder.parent} cannot be written or DeepSpeed not started: {error}") from error
     finally:

@@ -7,13 +7,14 @@ giving back what the ranks ended with, kills them 30 s after it, and would bring
 from __future__ import annotations
 
 import math
+import os
 import queue
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from subprocess import Popen
 from typing import Any
 
@@ -75,12 +76,13 @@ class Ends:
 
 
 def supervise(
-    start: Sequence[Callable[[], Popen[Any]]], grace: float, stop: Callable[[int, list[Popen[Any]]], None] | None = None
-) -> int:
+    start: Sequence[Callable[[], Popen[Any]]], grace: float,
+    stop: Callable[[int, list[Popen[Any]]], None] | None = None, kill: Callable[[Popen[Any]], None] = Popen.kill,
+) -> int:  # fmt: skip
     """Start every rank, wait until all are gone, and give back the job's exit code; no process outlives the call.
 
-    `stop(number, processes)` passes a stop signal on; without it every process gets the signal. An OSError of a start
-    ends those that were started.
+    `stop(number, processes)` passes a stop signal on; without it every process gets the signal. `kill` ends a process
+    whose time is over. An OSError of a start ends those that were started.
     """
     ends, gone = Ends(len(start), grace), queue.SimpleQueue[tuple[int, int]]()
     processes: list[Popen[Any]] = []
@@ -100,10 +102,10 @@ def supervise(
                 processes.append(process)
                 threading.Thread(target=_report, args=(rank, process, gone), daemon=True).start()
             while ends.running:
-                _wait_for_one(ends, processes, gone)
+                _wait_for_one(ends, processes, gone, kill)
         finally:
             for process in processes:
-                process.kill()  # nothing if it is gone
+                kill(process)  # nothing if it is gone
                 process.wait()
     message = ends.message()
     if message:
@@ -111,18 +113,29 @@ def supervise(
     return ends.code
 
 
+def kill_session(process: Popen[Any]) -> None:
+    """Kill a process that was started with a session of its own, and all that it has started there: another launcher's
+    process is not the ranks, which would go on without it. Nothing that a process which ended by itself has left."""
+    if process.poll() is None or process.returncode < 0:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def _report(rank: int, process: Popen[Any], gone: queue.SimpleQueue[tuple[int, int]]) -> None:
     gone.put((rank, process.wait()))
 
 
-def _wait_for_one(ends: Ends, processes: list[Popen[Any]], gone: queue.SimpleQueue[tuple[int, int]]) -> None:
+def _wait_for_one(
+    ends: Ends, processes: list[Popen[Any]], gone: queue.SimpleQueue[tuple[int, int]],
+    kill: Callable[[Popen[Any]], None],
+) -> None:  # fmt: skip
     """Until a rank is gone, or the time of the rest is over. Looks once a second, since a signal moves the deadline."""
     try:
         rank, code = gone.get(timeout=min(1.0, max(0.0, ends.deadline - time.monotonic())))
     except queue.Empty:
         if time.monotonic() >= ends.deadline:
             for process in processes:
-                process.kill()
+                kill(process)
             ends.deadline = math.inf
         return
     ends.ended(rank, code, time.monotonic())

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
+import select
 import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 
-from rlhf.supervise import LAST_WORDS, Ends, supervise
+from rlhf.supervise import LAST_WORDS, Ends, kill_session, supervise
 
 TERM, KILL = -signal.SIGTERM, -signal.SIGKILL
 
@@ -88,11 +91,31 @@ def test_one_failing_process_ends_the_others(
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_a_signal_reaches_every_process_and_the_codes_come_back() -> None:
-    """The process sends the stop signal to its launcher, this one, and gets it back."""
-    ends_75 = "import signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
-    asks = ends_75 + "import os\nos.kill(os.getppid(), signal.SIGTERM)\nsignal.pause()"
-    assert supervise([python(asks)], 100.0) == 75
+def test_a_signal_reaches_every_process_and_the_codes_come_back(tmp_path: Path) -> None:
+    """The second process sends the stop signal to its launcher, this one, once the first is ready; both get it."""
+    ends_75 = "import os, signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+    os.mkfifo(tmp_path / "ready")
+    waits = f"{ends_75}open({str(tmp_path / 'ready')!r}, 'w').close()\nsignal.pause()"
+    asks = f"{ends_75}open({str(tmp_path / 'ready')!r}).read()\nos.kill(os.getppid(), signal.SIGTERM)\nsignal.pause()"
+    started: list[subprocess.Popen[bytes]] = []
+
+    def begin(code: str) -> subprocess.Popen[bytes]:
+        started.append(python(code)())
+        return started[-1]
+
+    assert supervise([partial(begin, waits), partial(begin, asks)], 5.0) == 75
+    assert [process.returncode for process in started] == [75, 75]
+
+
+def test_what_a_launcher_has_started_ends_with_it() -> None:
+    """The launcher sends this process the stop signal and does not heed it; it and its child hold a pipe open."""
+    reading, writing = os.pipe()
+    command = ["sh", "-c", "sleep 30 & kill -TERM $PPID; wait"]
+    start = partial(subprocess.Popen, command, start_new_session=True, pass_fds=(writing,))
+    assert supervise([start], 0.1, lambda *_: None, kill_session) == 137
+    os.close(writing)
+    assert select.select([reading], [], [], 5.0)[0] and os.read(reading, 1) == b""
+    os.close(reading)
 
 
 def test_a_start_that_fails_leaves_no_process() -> None:
