@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -91,11 +91,12 @@ class Watchdog:
                 return
 
     def look(self, now: float) -> bool:
-        """Write the state; True if the work has stalled, after `act`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f".{self.rank}.part"
-        part.write_text(json.dumps(asdict(_state)), encoding="utf-8")
-        part.replace(self.folder / f"{self.rank}.json")
+        """Write the state; True if the work has stalled, after `act`. A full disk keeps nobody from looking."""
+        with suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            part = self.folder / f".{self.rank}.part"
+            part.write_text(json.dumps(asdict(_state)), encoding="utf-8")
+            part.replace(self.folder / f"{self.rank}.json")
         if not _state.stalled(now, self.limit):
             return False
         self.act(

@@ -59,6 +59,14 @@ def test_the_message_names_every_rank_the_least_advanced_first(clock: list[float
     )
 
 
+def test_a_rank_that_cannot_write_its_state_is_watched_all_the_same(clock: list[float], tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "file").touch()
+    with pulse.phase("rm"):
+        assert Watchdog(0, tmp_path / "file" / "ranks", 5.0, said.append).look(200.0)
+    assert said[0].startswith("rank 0 has not moved for 100 s")
+
+
 def test_a_rank_that_writes_no_more_is_said_to_be_silent() -> None:
     lines = describe({0: (State("sft", 3), 2.0), 1: (State("sft", 3), 95.0)}).splitlines()
     assert lines[0] == "  rank 0: in sft, after 3 signs of progress"
