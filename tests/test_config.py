@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from rlhf.compose import CONF_DIR, friendly, register, schema_keys, stray_keys, to_config, unknown_key
-from rlhf.config import Config, LaunchConfig, OptimConfig, PpoConfig, RmConfig, RmLoss, Ties, check_all
+from rlhf.config import Config, LaunchConfig, LoraConfig, OptimConfig, PpoConfig, RmConfig, RmLoss, Ties, check_all
 from rlhf.errors import ConfigError
 from rlhf.launch import from_plain, to_plain
 
@@ -50,6 +50,12 @@ def test_a_key_of_lora_holds_for_every_stage_that_has_none_of_its_own() -> None:
     assert [(s.lora.enabled, s.lora.r, s.lora.alpha) for s in (config.sft, config.rm, config.ppo)] == [
         (True, 64, 32), (True, 16, 32), (True, 64, 8),
     ]  # fmt: skip
+
+
+def test_every_key_of_lora_is_shared() -> None:
+    shared = OmegaConf.load(Path(CONF_DIR) / "lora" / "shared.yaml")
+    expected = {field.name: f"${{lora.{field.name}}}" for field in dataclasses.fields(LoraConfig)}
+    assert OmegaConf.to_container(shared, resolve=False) == expected
 
 
 def test_the_configuration_survives_the_way_to_the_worker() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,21 @@ def test_a_machine_that_lacks_things_is_told_what_to_do(monkeypatch: pytest.Monk
 def test_no_limit_of_open_files_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.resource, "getrlimit", lambda what: (resource.RLIM_INFINITY, 0))
     assert list(doctor._limits()) == [("open files", "ok", "unlimited")]
+
+
+def test_what_nothing_runs_without_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A package that is not there and a folder that cannot be written; a version out of its range is a note."""
+    wanted = ["rich>=1", "torch<1", "no-such-package>=2", "not-of-an-extra; extra == 'more'"]
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: wanted)
+    assert list(doctor._packages()) == [
+        ("rich", "ok", f"{version('rich')} (tested range: >=1)"),
+        ("torch", "note", f"{version('torch')} (tested range: <1)"),
+        ("no-such-package", "missing", "pip install 'no-such-package>=2'"),
+    ]
+    monkeypatch.setattr(doctor, "_several_ranks", lambda: iter(()))
+    monkeypatch.setattr(doctor.os, "access", lambda place, mode: False)
+    _, missing = doctor.examine(tmp_path)
+    assert missing == ["no-such-package", "run directory"]
 
 
 def test_a_package_that_breaks_on_import_is_not_ok(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from safetensors.torch import load_file
 from supervised_toys import tiny_base
 from two_ranks import TwoRanks
 
-from rlhf.artifacts import seal, write_json
-from rlhf.checkpoints import find_resume
+from rlhf.artifacts import check_made_by, seal, write_json
+from rlhf.checkpoints import find_resume, missing_files
 from rlhf.config import EngineKind, shared_batch
+from rlhf.engine.deepspeed import choose_backend
 from rlhf.engine.ranks import Ranks
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, TrainingError
 from rlhf.sharing import SharedRows, micro_steps, own_share
 
 CORE = [("sft", "full", "ddp", 24), ("rm", "lora", "zero2", 21), ("sft", "full", "zero3", 21)]
@@ -217,6 +219,36 @@ def test_a_checkpoint_is_for_the_engine_and_ranks_that_made_it(tmp_path: Path) -
     seal(folder)
     with pytest.raises(ConfigError, match=r"made by engine=ddp on 2 ranks, and this is engine=single on 1"):
         find_resume(tmp_path, EngineKind.single, Ranks())
+    with pytest.raises(ConfigError, match=r"made by engine=ddp on 2 ranks, and this is engine=ddp on 4"):
+        check_made_by(folder, ("ddp", 2), ("ddp", 4))
+
+
+def test_a_sealed_checkpoint_that_lacks_a_file_is_not_gone_on_from(tmp_path: Path) -> None:
+    """The Trainer would go on with a fresh optimiser and say nothing."""
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    names = {"trainer_state.json", "scheduler.pt", "rng_state.pth", "optimizer.pt"}
+    write_json(folder / "engine.json", {"engine": "single", "ranks": 1})
+    for name in sorted(names):
+        for other in names - {name}:
+            (folder / other).write_text("of one rank", encoding="utf-8")
+        (folder / name).unlink(missing_ok=True)
+        seal(folder)
+        with pytest.raises(TrainingError, match=f"checkpoint-2: lacks {name}: delete it"):
+            find_resume(tmp_path, EngineKind.single, Ranks())
+    for rank in (0, 1):
+        (folder / f"rng_state_{rank}.pth").touch()
+    assert missing_files(folder, EngineKind.ddp, 2) == ["trainer_state.json"]
+    (folder / "global_step2").mkdir()
+    (folder / "global_step2" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    lost = ["trainer_state.json", "latest", "the optimiser states of 1 of 2 ranks"]
+    assert missing_files(folder, EngineKind.zero2, 2) == lost
+
+
+def test_a_switch_that_a_trainer_on_deepspeed_has_left_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    choose_backend(EngineKind.ddp)
+    assert "ACCELERATE_USE_DEEPSPEED" not in os.environ
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest_that_does() -> None:

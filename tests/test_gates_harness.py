@@ -132,8 +132,10 @@ def test_a_task_of_its_own_or_of_the_library_is_taken(tasks):
                  TaskConfig(name="arc_easy")):  # fmt: skip
         validate(sft(task=task, metric="acc", min=0.5))
     (tasks / "sums.yaml").write_text(YAML + "unsafe_code: true\n")
-    with pytest.raises(ConfigError, match="runs code that the model writes"):
-        validate(sft(task=of(tasks), metric="acc", min=0.5))
+    harness._with_defaults.cache_clear()
+    for name in ("sums", "both"):
+        with pytest.raises(ConfigError, match="sums runs code that the model writes"):
+            validate(sft(task=of(tasks, name=name), metric="acc", min=0.5))
 
 
 def test_data_that_is_named_and_not_there_is_an_error(tasks):
@@ -286,12 +288,14 @@ def test_what_cannot_be_compared_or_counted_is_invalid():
         run(scores([1, 0, 1], higher=False), min=0.1)
 
 
-def test_one_document_shows_nothing_by_a_metric_that_is_no_mean():
-    """Drawn again it is the same document each time, so the percentile bound has no width."""
-    one, other = (scores([value], aggregate=statistics.mean) for value in (0.9, 0.905))
-    for ask in ({"min": 0.8}, {"within": [0.8, 0.95]}, {"theirs": other, "margin": 0.01}):
-        with pytest.raises(Invalid, match="a bound needs at least 2 documents, there is 1"):
-            run(one, **ask)
+def test_one_document_shows_nothing_by_a_metric_that_is_no_rate():
+    """Drawn again it is the same document each time, so its bound has no width."""
+    for aggregate in (statistics.mean, None):
+        one, other = (scores([value], aggregate=aggregate) for value in (0.9, 0.905))
+        asks = [{"within": [0.8, 0.95]}, {"theirs": other, "margin": 0.01}, *([{"min": 0.8}] if aggregate else [])]
+        for ask in asks:
+            with pytest.raises(Invalid, match="a bound needs at least 2 documents, there is 1"):
+                run(one, **ask)
 
 
 def test_an_aggregation_that_raises_makes_its_check_invalid():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runs import ROOT, TINY, environment, read_json, rlhf, write_data
@@ -108,6 +109,32 @@ def started_as(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]) -> None
 def test_only_rank_0_does_what_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     started_as(monkeypatch, SECOND)
     assert launch(Config(do=Do.gate)) == 0
+
+
+@pytest.mark.parametrize(
+    ("cfg", "environ", "ranks"),
+    [
+        (Config(launch=LaunchConfig(gpus=2)), {}, [(0, 2), (1, 2)]),
+        (Config(), SECOND, [(1, 1)]),
+        (Config(do=Do.gate, launch=LaunchConfig(gpus=2)), {}, [(None, 1)]),
+        (Config(do=Do.gate, launch=LaunchConfig(hostfile="h")), {}, [(None, 1)]),
+        (Config(do=Do.gate), {**SECOND, "RANK": "0"}, [(None, 1)]),
+    ],
+    ids=["ours", "another launcher's", "gpus", "hosts", "rank 0 of another launcher"],
+)
+def test_a_run_alone_starts_ranks(
+    monkeypatch: pytest.MonkeyPatch, cfg: Config, environ: dict[str, str], ranks: list[tuple[int | None, int]]
+) -> None:
+    """Each process as (its rank, how many are started here); a gate that is a rank would wait for the others."""
+    begun: list[tuple[int | None, int]] = []
+
+    def starts(given: list[Any], _grace: float) -> int:
+        begun.extend((place and place.rank, count) for _, place, _, count in (start.args for start in given))
+        return 7
+
+    started_as(monkeypatch, environ)
+    monkeypatch.setattr("rlhf.launch.supervise", starts)
+    assert launch(cfg) == 7 and begun == ranks
 
 
 def test_a_worker_gets_nothing_of_another_launchers_environment(monkeypatch: pytest.MonkeyPatch) -> None:

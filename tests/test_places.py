@@ -10,7 +10,7 @@ from rlhf.places import Place, first_host, place_from
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "29511"}
 SRUN = {
     "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "1234567",
-    "SLURM_STEP_ID": "3", "SLURM_STEP_NODELIST": "gpu[03-04,11]",
+    "SLURM_STEP_ID": "3", "SLURM_STEP_NODELIST": "gpu[03-04,11]", "SLURM_JOB_NODELIST": "gpu[01-11]",
 }  # fmt: skip
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from pipeline_lab import Lab, flip_a_byte
 
-from rlhf.config import CheckConfig, GateConfig, GateMode, LaunchConfig, Stage
+from rlhf import plan_memory
+from rlhf.config import CheckConfig, EngineKind, GateConfig, GateMode, LaunchConfig, Stage
 from rlhf.engine.crew import Crew
 from rlhf.engine.ranks import Ranks
 from rlhf.errors import ConfigError, GateError, LineageError
 from rlhf.pipeline import Run
 from rlhf.plan import _batches, plan_tables
-from rlhf.plan_memory import ranks_asked
+from rlhf.plan_memory import MIB, ranks_asked
 from rlhf.verbs import chosen
 
 STAGES = ("sft", "rm", "ppo")
@@ -114,6 +115,35 @@ def test_a_model_whose_passes_cannot_be_counted_is_planned_all_the_same(
     assert list(peaks.columns[2].cells) == ["not counted"] * 3
     assert next(iter(peaks.columns[4].cells)) == "RuntimeError: no kernel for tensors without data"
     assert any("memory on each of 2 ranks, engine=ddp" in title for title in tables), "the engine that will run"
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks", "sft", "rm", "ppo"),
+    [
+        # weights 4, moments 8 a weight; a pass holds the gradients already
+        ("single", 1, (12000, 9000, 500), (12000, 7000, 0), (12000 + 9600 + 4000 + 4000, 8000, 537)),
+        # the buffers that gradients are sent from, 4 a weight
+        ("single", 2, (12000, 13000, 500), (12000, 11000, 0), (12000 + 9600 + 4000 + 4000, 12000, 537)),
+        # half of the weights and moments; half of the gradients, those that are sent, and the weights gathered
+        ("zero3", 2, (6000, 9000 - 2000 + 8000, 500), (6000, 13000, 0), (6000 + 4800 + 2000 + 4000, 14000, 537)),
+    ],
+)
+def test_what_a_stage_holds_is_the_sum_of_its_parts(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, engine: str, ranks: int, sft: Any, rm: Any, ppo: Any
+) -> None:
+    """Models of 1,000 weights, a critic of 800, a frozen reference, and the average of the policy's weights."""
+    passes = {"sft": 9000.0, "rm": 7000.0, "ppo": 8000.0, "read": 500.0}
+    monkeypatch.setattr(plan_memory, "_pass", lambda run, stage, kind, shapes: passes[kind])
+    monkeypatch.setattr(plan_memory, "cache_bytes", lambda *_: 30)
+    monkeypatch.setattr(plan_memory, "noise_bytes", lambda *_: 7)
+    sizes = [("sft model", 1000, 1000), ("rm model", 1000, 1000), ("ppo policy", 1000, 1000), ("ppo critic", 800, 800),
+             ("ppo reference", 1000, 0)]  # fmt: skip
+    changes = {"engine__kind": EngineKind[engine], "launch": LaunchConfig(gpus=ranks, device="cpu"), "ppo__ema": 0.5}
+    run = Run(lab.config(**changes), read_only=True)
+    for stage, parts in (("sft", sft), ("rm", rm), ("ppo", ppo)):
+        assert plan_memory.stage_peak(run, stage, sizes) == parts, stage
+    monkeypatch.setattr(plan_memory, "stage_peak", lambda *_: (2.0 * MIB, 5.0 * MIB, 3.0 * MIB))
+    assert plan_memory._cells(run, "ppo", sizes) == ["2", "5", "3", "7"]
 
 
 def test_ranks_that_would_wait_while_others_decode_are_told(lab: Lab) -> None:

@@ -6,7 +6,9 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +45,26 @@ def test_a_group_of_one_takes_a_free_port(tmp_path: Path, monkeypatch: pytest.Mo
         assert int(os.environ["MASTER_PORT"]) > 0
         assert exercise(ranks, tmp_path) == ALONE
     assert not dist.is_initialized()
+
+
+def test_a_wait_for_rank_0_outlasts_a_gate_and_one_for_a_tensor_the_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's own limits are 30 minutes: less than a gate may take."""
+    limits: dict[str, float] = {}
+
+    def noted(name: str, given: Any = None) -> Any:
+        def call(*_: Any, timeout: timedelta, **__: Any) -> Any:
+            limits[name] = timeout.total_seconds()
+            return given
+
+        return call
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")  # so that they are put back
+    for name in ("init_process_group", "new_group", "monitored_barrier"):
+        monkeypatch.setattr(dist, name, noted(name))
+    ranks = module._join(Place(0, 2, 0, "127.0.0.1", 29_500), torch.device("cpu"), 600.0)
+    ranks.barrier()
+    assert limits == {"init_process_group": 660.0, "new_group": 7 * 86_400.0, "monitored_barrier": 7 * 86_400.0}
 
 
 def test_main_first_lets_the_others_go_on_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
