@@ -5,7 +5,7 @@ nothing; over the few rows of a decode step it costs as much as the product. Whi
 stay as they are, so it is done once. Layers that read the same input become one product, and a low-rank adapter is
 added into the copy. The price is that copy: as much memory as the weights, while responses are sampled.
 
-Shapes: N rows (all but the last dimension), I inputs, O outputs.
+Shapes: N rows (all but the last dimension), P rows with some that nobody reads, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from rlhf.lean_lora import effective_weight
 
 ROWS = 32  # that the layout is made for; from 2 to 128 it is the fastest or next to it
+STEPS = (4, 8, 16, 24)  # numbers of rows that a product is made for; then multiples of 32
 
 Product = Callable[[Tensor], Tensor]
 
@@ -55,7 +57,15 @@ def _packed(layers: Sequence[nn.Module]) -> Product | None:
         bias_O = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)])
 
     def multiply(x: Tensor) -> Tensor:
-        out: Tensor = product(x, layout, bias_O, "none", [], "")
-        return out
+        x_NI = x.flatten(0, -2)
+        rows = len(x_NI)
+        x_PI = functional.pad(x_NI, (0, 0, 0, _room(rows) - rows))
+        out_PO: Tensor = product(x_PI, layout, bias_O, "none", [], "")
+        return out_PO[:rows].view(*x.shape[:-1], -1)
 
     return multiply
+
+
+def _room(rows: int) -> int:
+    """Rows to make a product of: oneDNN keeps a program of half a megabyte for every number that it has met."""
+    return next((step for step in STEPS if step >= rows), -(-rows // ROWS) * ROWS)
