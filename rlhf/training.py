@@ -134,6 +134,7 @@ class Loop:
     context: Context
     measure: Measure
     lengths: list[int]  # of the rows, in tokens
+    padded: bool  # a pass pads its rows to the longest of them
     blank: Blank
     beside: Callable[[], None] | None = None  # called at each update, for what is learnt beside the model
     loss: float = 0.0  # of the update that is being made, this rank's part until the update ends
@@ -151,6 +152,7 @@ class Supervised:
     """Mixed in before a Trainer; `loop` is set before `train` is called."""
 
     loop: Loop
+    args: Any
     model: Any
     state: Any
     control: Any
@@ -164,25 +166,37 @@ class Supervised:
         loop, plan = self.loop, self.loop.plan
         batches = SharedRows(
             loop.lengths, plan.optim.batch, plan.micro, loop.context.ranks,
-            lambda: plan.seed * 1_000_003 + self.state.global_step // plan.updates_per_epoch,
+            lambda: plan.seed * 1_000_003 + self.state.global_step // plan.updates_per_epoch, padded=loop.padded,
         )  # fmt: skip
         return DataLoader(Rows(self.train_dataset, loop.blank), batch_sampler=batches, collate_fn=self.data_collator)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The loss of a micro-batch, as the engine averages it over ranks: the update's sum over its count, times the
-        number of ranks. TrainingError on every rank, before any weight is changed, if the update's is not finite."""
+        number of ranks."""
         loop, ranks = self.loop, self.loop.context.ranks
         loss = super().compute_loss(*args, **kwargs)  # type: ignore[misc]  # the Trainer is the next base
         loop.loss += float(loss.detach()) / ranks.size
-        last = self.accelerator.sync_gradients
-        if ranks.size > 1 and last:
-            loop.loss = float(ranks.sum(torch.tensor(loop.loss, dtype=torch.float64, device=loss.device)))
-        if (ranks.size == 1 or last) and not math.isfinite(loop.loss):
+        # DeepSpeed steps inside `backward`. Replicas add up later: here a rank would wait for the slower one's pass.
+        if ranks.size == 1 or (loop.plan.engine.zero and self.accelerator.sync_gradients):
+            self.settle_loss()
+        return loss
+
+    def settle_loss(self) -> None:
+        """Add up the update's loss over the ranks. TrainingError on every rank, before any weight is changed, if it is
+        not finite."""
+        loop, ranks = self.loop, self.loop.context.ranks
+        if ranks.size > 1:
+            part = torch.tensor(loop.loss, dtype=torch.float64, device=self.args.device)
+            loop.loss = float(ranks.sum(part))
+        if not math.isfinite(loop.loss):
             raise TrainingError(
                 f"{loop.context.stage}: the loss of update {self.state.global_step + 1} is {loop.loss}; "
                 "lower the learning rate or look at that update's rows. Earlier checkpoints are untouched"
             )
-        return loss
+
+    def _get_grad_norm(self, *_args: Any, **_kwargs: Any) -> float:
+        """For the library's log, which is not kept: it would read all gradients once more."""
+        return 0.0
 
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
         """Held-out metrics of the live weights; keeps them if they are the best so far, stops when patience ends."""
@@ -228,6 +242,8 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
             share_master_weights(self.trainer.deepspeed.optimizer)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.loop.context.ranks.size > 1 and not self.loop.plan.engine.zero:
+            self.trainer.settle_loss()
         norm = self._clipped(kwargs["model"])
         if not math.isfinite(norm):
             raise TrainingError(

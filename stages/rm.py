@@ -97,7 +97,7 @@ def train_one(cfg: Config, context: Context, rankings: Sequence[Ranking], seed: 
     resume = find_resume(checkpoints, engine, ranks)
     loop = Loop(
         plan=plan, context=context, measure=lambda: measure(model, heldout, loss, ranks), blank=blank,
-        lengths=[sum(len(ids) for ids in row.ids) for row in rows],
+        lengths=[sum(len(ids) for ids in row.ids) for row in rows], padded=False,
     )  # fmt: skip
     outcome = fit(make_trainer(cfg, model, rows, loop, loss), resume, lambda: fresh_model(cfg, context, seed))
     result = StageResult(

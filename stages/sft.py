@@ -73,7 +73,7 @@ def run(cfg: Config, context: Context) -> StageResult:
         model = add_lora(model, cfg.sft.lora, cfg.seed)
     loop = Loop(
         plan=plan, context=context, measure=lambda: measure(model, heldout, ranks), lengths=[len(r[0]) for r in rows],
-        blank=blank,
+        padded=not cfg.sft.packing, blank=blank,
     )  # fmt: skip
     outcome = fit(make_trainer(cfg, model, rows, loop), resume, lambda: fresh_model(cfg, context))
     result = StageResult(
@@ -148,6 +148,8 @@ def make_trainer(cfg: Config, model: Any, rows: list[Row], loop: Loop) -> Any:
     tokenizer = copy.deepcopy(loop.context.renderer.tokenizer)  # TRL sets its pad token
     trainer = Trainer(model=model, args=one_device(arguments), train_dataset=data, processing_class=tokenizer)
     trainer.loop = loop
+    # TRL adds up over the ranks what it counts in each pass, for a log that is not kept: they would wait in each pass.
+    trainer.accelerator.gather_for_metrics = lambda counted: counted
     if packing:  # rows of the trainer are now packs
         packs = trainer.train_dataset["input_ids"]
         loop.lengths[:] = [len(pack) for pack in packs]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,39 +165,48 @@ def test_what_cannot_go_on_says_so_on_every_rank(lab: Lab) -> None:
     assert "made by engine=zero2 on 2 ranks, and this is engine=single on 1" in alone["error"][1]
 
 
+@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("rows", [1, 5, 8, 12, 13])
-def test_each_row_is_read_once_an_epoch_and_ranks_keep_step(rows: int, size: int) -> None:
+def test_each_row_is_read_once_an_epoch_and_ranks_keep_step(rows: int, size: int, padded: bool) -> None:
     """Updates of 8 rows, cut into micro-batches of 2 a rank."""
     lengths = [1 + row % 5 for row in range(rows)]
-    epochs = [list(SharedRows(lengths, 8, 2, Ranks(rank, size), lambda: 7)) for rank in range(size)]
-    passes = {len(epoch) for epoch in epochs}
-    assert passes == {len(SharedRows(lengths, 8, 2, Ranks(0, size), lambda: 7))}
+    read_by = [SharedRows(lengths, 8, 2, Ranks(rank, size), lambda: 7, padded=padded) for rank in range(size)]
+    epochs = [list(samples) for samples in read_by]
+    assert {len(epoch) for epoch in epochs} == {len(samples) for samples in read_by}
+    assert len({len(epoch) for epoch in epochs}) == 1
     read = [row for epoch in epochs for part in epoch for row in part if row >= 0]
     assert sorted(read) == list(range(rows))
-    alone = list(SharedRows(lengths, 8, 2, Ranks(), lambda: 7))
+    alone = list(SharedRows(lengths, 8, 2, Ranks(), lambda: 7, padded=True))
     first = {row for part in alone[:4] for row in part}  # of the first update
     steps = -(-8 // (2 * size))
     assert {row for epoch in epochs for part in epoch[:steps] for row in part if row >= 0} == first
     assert all(1 <= len(part) <= 2 for epoch in epochs for part in epoch)
 
 
+def own_parts(rows: Sequence[int], micro: int, *, padded: bool) -> list[list[list[int]]]:
+    """What each of two ranks reads of an update."""
+    return [list(micro_steps(rows, micro, Ranks(rank, 2), padded=padded)) for rank in (0, 1)]
+
+
 def test_a_rank_without_a_row_reads_one_that_does_not_count() -> None:
     """Seven rows, two a rank on two ranks: four, then three as two and one, since the order of the ranks turns."""
     rows = [10, 11, 12, 13, 14, 15, 16]
-    assert list(micro_steps(rows, 2, Ranks(0, 2))) == [[10, 11], [15, 16]]
-    assert list(micro_steps(rows, 2, Ranks(1, 2))) == [[12, 13], [14]]
-    assert list(micro_steps([10], 2, Ranks(0, 2))) == [[~10]]
-    assert list(micro_steps([10], 2, Ranks(1, 2))) == [[10]]
+    assert own_parts(rows, 2, padded=True) == [[[10, 11], [15, 16]], [[12, 13], [14]]]
+    assert own_parts(rows, 2, padded=False) == [[[10, 13], [15, 16]], [[11, 12], [14]]]
+    assert own_parts([10], 2, padded=True) == [[[~10]], [[10]]]
+    assert own_parts([10], 2, padded=False) == [[[10]], [[~10]]]
 
 
 def test_ranks_have_as_much_to_do() -> None:
-    """Sixteen rows of 16, 15, ... tokens, two a pass: with the longer half each time rank 0 would have 76 of 136."""
-    lengths = list(range(16, 0, -1))
-    tokens = [
-        sum(lengths[row] for part in micro_steps(range(16), 2, Ranks(rank, 2)) for row in part) for rank in (0, 1)
-    ]
-    assert tokens == [68, 68]
+    """Sixteen rows of 16, 15, ... tokens. Two to a pass, padded: with the longer half each time rank 0 would have 80 of
+    144. Eight to a pass, the longer half alone would be 100 of 136."""
+    lengths = range(16, 0, -1)
+    tokens = [[2 * lengths[part[0]] for part in parts] for parts in own_parts(range(16), 2, padded=True)]
+    assert tokens == [[32, 20, 16, 4], [28, 24, 12, 8]]
+    dealt = own_parts(range(16), 8, padded=False)
+    assert dealt == [[[0, 3, 4, 7, 8, 11, 12, 15]], [[1, 2, 5, 6, 9, 10, 13, 14]]]
+    assert [sum(lengths[row] for row in parts[0]) for parts in dealt] == [68, 68]
 
 
 def test_evaluation_is_shared_with_as_many_passes_on_each_rank() -> None:
