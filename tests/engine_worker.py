@@ -14,12 +14,14 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+MEETINGS = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "barrier")
 
 
 @dataclass(kw_only=True)
@@ -84,9 +86,11 @@ def perform(job: Job, ranks: Any) -> dict[str, Any]:
         lose(Path(job.folder) / "checkpoints", job.lose)
     ranks.barrier()
     stage = importlib.import_module(f"stages.{job.stage}")
-    whole = stage.Trainer.training_step
+    whole, meetings = stage.Trainer.training_step, Counter[str]()
     if job.nan_at is not None:
         stage.Trainer.training_step = poisoned(stage.Trainer, job.nan_at, ranks.rank == 1)
+    else:
+        stage.Trainer.training_step = noting_meetings(stage.Trainer, meetings)
     try:
         result = stage.run(cfg, context)
     except RLHFError as error:
@@ -95,12 +99,40 @@ def perform(job: Job, ranks: Any) -> dict[str, Any]:
         stage.Trainer.training_step = whole
     series = {name: {str(k): v for k, v in context.tracker.values(name).items()}
               for name in ("train/loss", "train/grad_norm", "eval/loss")}  # fmt: skip
-    return {"metrics": result.metrics, "updates": result.updates, **series}
+    return {"metrics": result.metrics, "updates": result.updates, "meetings": meetings, **series}
 
 
 def in_turn(ranks: Any, job: Job) -> dict[str, Any]:
     """`perform` as tests/two_ranks.py calls it."""
     return perform(job, ranks)
+
+
+def noting_meetings(trainer: Any, found: Counter[str]) -> Any:
+    """A training step, forward and backward, that counts in `found` what is asked of all ranks inside it. Gradients
+    that torch's DDP sends are not seen."""
+    import torch.distributed as dist
+
+    whole = trainer.training_step
+
+    def counting(name: str, meet: Any) -> Any:
+        def met(*args: Any, **kwargs: Any) -> Any:
+            found[name] += 1
+            return meet(*args, **kwargs)
+
+        return met
+
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        kept = {name: getattr(dist, name) for name in MEETINGS}
+        for name, meet in kept.items():
+            setattr(dist, name, counting(name, meet))
+        try:
+            found["passes"] += 1
+            return whole(*args, **kwargs)
+        finally:
+            for name, meet in kept.items():
+                setattr(dist, name, meet)
+
+    return training_step
 
 
 def poisoned(trainer: Any, update: int, here: bool) -> Any:
