@@ -11,10 +11,11 @@ import pytest
 from pipeline_lab import Lab, flip_a_byte
 
 from rlhf import plan_memory
-from rlhf.config import CheckConfig, EngineKind, GateConfig, GateMode, LaunchConfig, Stage
+from rlhf.config import CheckConfig, Dtype, EngineKind, GateConfig, GateMode, LaunchConfig, LoraConfig, Stage
 from rlhf.engine.crew import Crew
 from rlhf.engine.ranks import Ranks
 from rlhf.errors import ConfigError, GateError, LineageError
+from rlhf.footprint import Shapes
 from rlhf.pipeline import Run
 from rlhf.plan import _batches, plan_tables
 from rlhf.plan_memory import MIB, ranks_asked
@@ -121,17 +122,18 @@ def test_a_model_whose_passes_cannot_be_counted_is_planned_all_the_same(
     ("engine", "ranks", "sft", "rm", "ppo"),
     [
         # weights 4, moments 8 a weight; a pass holds the gradients already
-        ("single", 1, (12000, 9000, 500), (12000, 7000, 0), (12000 + 9600 + 4000 + 4000, 8000, 537)),
+        ("single", 1, (12000, 9000, 500), (12000, 7000, 0), (12000 + 9600 + 4000 + 4000, 8000, 4537)),
         # the buffers that gradients are sent from, 4 a weight
-        ("single", 2, (12000, 13000, 500), (12000, 11000, 0), (12000 + 9600 + 4000 + 4000, 12000, 537)),
+        ("single", 2, (12000, 13000, 500), (12000, 11000, 0), (12000 + 9600 + 4000 + 4000, 12000, 4537)),
         # half of the weights and moments; half of the gradients, those that are sent, and the weights gathered
-        ("zero3", 2, (6000, 9000 - 2000 + 8000, 500), (6000, 13000, 0), (6000 + 4800 + 2000 + 4000, 14000, 537)),
+        ("zero3", 2, (6000, 9000 - 2000 + 8000, 500), (6000, 13000, 0), (6000 + 4800 + 2000 + 4000, 14000, 4537)),
     ],
 )
 def test_what_a_stage_holds_is_the_sum_of_its_parts(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, engine: str, ranks: int, sft: Any, rm: Any, ppo: Any
 ) -> None:
-    """Models of 1,000 weights, a critic of 800, a frozen reference, and the average of the policy's weights."""
+    """Models of 1,000 weights, a critic of 800, a frozen reference, the average of the policy's weights; beside what
+    decoding reads, the cache, the noise and a copy of the policy whose weights are packed."""
     passes = {"sft": 9000.0, "rm": 7000.0, "ppo": 8000.0, "read": 500.0}
     monkeypatch.setattr(plan_memory, "_pass", lambda run, stage, kind, shapes: passes[kind])
     monkeypatch.setattr(plan_memory, "cache_bytes", lambda *_: 30)
@@ -144,6 +146,20 @@ def test_what_a_stage_holds_is_the_sum_of_its_parts(
         assert plan_memory.stage_peak(run, stage, sizes) == parts, stage
     monkeypatch.setattr(plan_memory, "stage_peak", lambda *_: (2.0 * MIB, 5.0 * MIB, 3.0 * MIB))
     assert plan_memory._cells(run, "ppo", sizes) == ["2", "5", "3", "7"]
+
+
+def test_a_pass_is_counted_once_for_all_that_it_depends_on(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = iter(range(99))
+    monkeypatch.setattr(plan_memory, "_counted", {})
+    monkeypatch.setattr(plan_memory, "peak_of", lambda *_: next(numbers))
+
+    def counted(rows: int = 1, kind: str = "sft", **changes: Any) -> float:
+        return plan_memory._pass(Run(lab.config(**changes), read_only=True), "sft", kind, Shapes(rows, 8))
+
+    small, large = (LoraConfig(enabled=True, r=r) for r in (4, 8))
+    assert [counted(), counted()] == [0, 0]
+    assert [counted(rows=2), counted(kind="read"), counted(sft__lora=small), counted(sft__lora=large)] == [1, 2, 3, 4]
+    assert [counted(model__activation_checkpointing=True), counted(model__dtype=Dtype.bfloat16)] == [5, 6]
 
 
 def test_ranks_that_would_wait_while_others_decode_are_told(lab: Lab) -> None:
