@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from engine_worker import Job, in_turn, perform, run_jobs
+from pipeline_lab import flip_a_byte
 from runs import TINY, read_json, rlhf, write_data
 from safetensors.torch import load_file
 from supervised_toys import tiny_base
 from two_ranks import TwoRanks
 
-from rlhf.artifacts import check_made_by, seal, write_json
-from rlhf.checkpoints import find_resume, missing_files
+from rlhf.artifacts import check_made_by, checkpoints, seal, write_json
+from rlhf.checkpoints import find_resume, finish_checkpoint, load_best, missing_files, read_best, save_best
 from rlhf.config import EngineKind, shared_batch
 from rlhf.engine.deepspeed import choose_backend
 from rlhf.engine.ranks import Ranks
@@ -257,6 +258,36 @@ def test_a_sealed_checkpoint_that_lacks_a_file_is_not_gone_on_from(tmp_path: Pat
     (folder / "global_step2" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
     lost = ["trainer_state.json", "latest", "the optimiser states of 1 of 2 ranks"]
     assert missing_files(folder, EngineKind.zero2, 2) == lost
+
+
+def test_checkpoints_are_sealed_two_are_kept_and_a_torn_one_is_removed(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("trainer_state.json", "scheduler.pt", "rng_state.pth", "optimizer.pt"):
+            (folder / name).write_text("of one rank", encoding="utf-8")
+        finish_checkpoint(tmp_path, step, EngineKind.single, Ranks())
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+    assert read_json(folder / "engine.json") == {"engine": "single", "ranks": 1}
+    (folder / "optimizer.pt").write_text("torn", encoding="utf-8")
+    assert find_resume(tmp_path, EngineKind.single, Ranks()) == tmp_path / "checkpoint-2" and not folder.exists()
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    with pytest.raises(TrainingError, match=r"checkpoint-2: optimizer\.pt was not written"):
+        finish_checkpoint(tmp_path, 2, EngineKind.single, Ranks())
+
+
+def test_the_best_weights_are_those_of_the_model_and_whole(tmp_path: Path) -> None:
+    model, other, best = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3), tmp_path / "best"
+    save_best(model, best, {"loss": 0.5}, EngineKind.single, Ranks())
+    load_best(other, best)
+    assert torch.equal(other.weight, model.weight) and torch.equal(other.bias, model.bias)
+    assert read_best(best) == {"loss": 0.5}
+    for wrong in (torch.nn.Linear(3, 3), torch.nn.Linear(2, 3, bias=False), torch.nn.Sequential(model)):
+        with pytest.raises(TrainingError, match="the best weights are not those of the model"):
+            load_best(wrong, best)
+    flip_a_byte(best / "weights.safetensors")
+    with pytest.raises(TrainingError, match="the best weights are torn or altered"):
+        read_best(best)
 
 
 def test_a_switch_that_a_trainer_on_deepspeed_has_left_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:

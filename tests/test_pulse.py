@@ -32,6 +32,7 @@ def test_only_a_phase_that_is_not_idle_stalls(clock: list[float], tmp_path: Path
         assert not dog.look(210.0) and dog.look(210.5)
         with pulse.phase("waiting for rank 0", idle=True):
             assert not dog.look(1e9)
+        assert dog.look(210.5), "back in the phase around it"
         clock[0] = 300.0
     assert not dog.look(1e9)
 
