@@ -5,7 +5,8 @@ by name, keyword arguments handed down. Here the same products are made in the s
 more, and layers that read the same input are multiplied at once (`rlhf.packed`). Only models whose layers are known to
 be just this are decoded so, and each is tried once against its own forward pass; all others run as always.
 
-Shapes: B rows, T tokens of the cache, H query heads, G key-value heads, D units of a head, E of a state, V vocabulary.
+Shapes: B rows, P rows of which the first B count, T tokens of the cache, H query heads, G key-value heads, D units of a
+head, E of a state, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rlhf.kv_cache import RoomyLayer, make_cache
-from rlhf.packed import Product, side_by_side
+from rlhf.packed import Packed, Product, convenient, side_by_side
 from rlhf.trial import UNLIKE, alike
 
 PLAIN = ("LlamaAttention", "MistralAttention", "Qwen2Attention")  # rotary positions, one softmax, nothing else
@@ -48,17 +49,19 @@ class DecodeStep:
         """logits_B1V. mask_BT: 1 where a token is, 0 where padding is, the new place included; None: no padding."""
         if self.ready is not None:
             self.ready()
-        x_B1E = self.body.embed_tokens(ids_B1)
-        cos_B1D, sin_B1D = self.body.rotary_emb(x_B1E, position_ids=position_B1)
+        rows = len(ids_B1)
+        spare = convenient(rows) - rows if isinstance(self.head, Packed) else 0
+        x_P1E = self.body.embed_tokens(functional.pad(ids_B1, (0, 0, 0, spare)))
+        cos_B1D, sin_B1D = self.body.rotary_emb(x_P1E, position_ids=position_B1)
         cos_B11D, sin_B11D = cos_B1D.unsqueeze(1), sin_B1D.unsqueeze(1)
         bias_B11T = None
         if mask_BT is not None:
-            bias_BT = torch.zeros_like(mask_BT, dtype=x_B1E.dtype).masked_fill_(mask_BT == 0, -torch.inf)
+            bias_BT = torch.zeros_like(mask_BT, dtype=x_P1E.dtype).masked_fill_(mask_BT == 0, -torch.inf)
             bias_B11T = bias_BT[:, None, None]
         for layer, store in zip(self.layers, cache.layers, strict=True):
-            x_B1E = layer(x_B1E, cos_B11D, sin_B11D, bias_B11T, store)
-        logits_B1V: Tensor = self.head(self.norm(x_B1E))
-        return logits_B1V
+            x_P1E = layer(x_P1E, cos_B11D, sin_B11D, bias_B11T, store)
+        logits_P1V: Tensor = self.head(self.norm(x_P1E))
+        return logits_P1V[:rows]
 
 
 class _Layer:
@@ -70,11 +73,11 @@ class _Layer:
         self.norms = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
 
     def __call__(
-        self, x_B1E: Tensor, cos_B11D: Tensor, sin_B11D: Tensor, bias_B11T: Tensor | None, store: Any
+        self, x_P1E: Tensor, cos_B11D: Tensor, sin_B11D: Tensor, bias_B11T: Tensor | None, store: Any
     ) -> Tensor:
-        rows, width = x_B1E.shape[0], cos_B11D.shape[-1]
+        rows, _, _, width = cos_B11D.shape
         # Queries and keys turn together; then H, G and G heads are told apart.
-        qkv_BH1D = self.qkv(self.norms[0](x_B1E)).view(rows, -1, 1, width)
+        qkv_BH1D = self.qkv(self.norms[0](x_P1E))[:rows].view(rows, -1, 1, width)
         turning = qkv_BH1D.shape[1] * (self.groups + 1) // (self.groups + 2)
         heads = turning * self.groups // (self.groups + 1)
         qk_BH1D, values_BG1D = qkv_BH1D[:, :turning], qkv_BH1D[:, turning:]
@@ -84,9 +87,10 @@ class _Layer:
         # The heads that share keys stand where a sequence's queries would: no key is repeated.
         q_BGHD = qk_BH1D[:, :heads].reshape(rows, -1, self.groups, width)
         z_BGHD = functional.scaled_dot_product_attention(q_BGHD, keys_BGTD, values_BGTD, bias_B11T, scale=self.scaling)
-        x_B1E = x_B1E + self.out(z_BGHD.reshape(rows, 1, -1))
-        out_B1E: Tensor = x_B1E + self.mlp(self.norms[1](x_B1E))
-        return out_B1E
+        z_P1E = functional.pad(z_BGHD.reshape(rows, 1, -1), (0, 0, 0, 0, 0, len(x_P1E) - rows))
+        x_P1E = x_P1E + self.out(z_P1E)
+        out_P1E: Tensor = x_P1E + self.mlp(self.norms[1](x_P1E))
+        return out_P1E
 
 
 def _mlp(mlp: Any) -> Product:
@@ -95,8 +99,8 @@ def _mlp(mlp: Any) -> Product:
         return mlp  # type: ignore[no-any-return]  # a module
     gate_up, down, act = side_by_side([mlp.gate_proj, mlp.up_proj]), side_by_side([mlp.down_proj]), mlp.act_fn
 
-    def run(x_B1E: Tensor) -> Tensor:
-        gate, up = gate_up(x_B1E).chunk(2, -1)
+    def run(x_P1E: Tensor) -> Tensor:
+        gate, up = gate_up(x_P1E).chunk(2, -1)
         return down(act(gate) * up)
 
     return run

@@ -5,7 +5,7 @@ nothing; over the few rows of a decode step it costs as much as the product. Whi
 stay as they are, so it is done once. Layers that read the same input become one product, and a low-rank adapter is
 added into the copy. The price is that copy: as much memory as the weights, while responses are sampled.
 
-Shapes: N rows (all but the last dimension), P rows with some that nobody reads, I inputs, O outputs.
+Shapes: N rows (all but the last dimension), I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from rlhf.lean_lora import effective_weight
 
 ROWS = 32  # that the layout is made for; from 2 to 128 it is the fastest or next to it
-STEPS = (4, 8, 16, 24)  # numbers of rows that a product is made for; then multiples of 32
+STEPS = (2, 4, 8, 12, 16, 24)  # convenient numbers of rows; then multiples of 32
 
 Product = Callable[[Tensor], Tensor]
 
@@ -50,22 +49,25 @@ def _packed(layers: Sequence[nn.Module]) -> Product | None:
             return None
         weights.append(found)
         biases.append(getattr(layer, "base_layer", layer).bias)
-    product, reorder = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._reorder_linear_weight
-    layout = reorder(torch.cat(weights), ROWS)
+    layout = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), ROWS)
     bias_O = None
     if any(bias is not None for bias in biases):
         bias_O = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)])
 
-    def multiply(x: Tensor) -> Tensor:
-        x_NI = x.flatten(0, -2)
-        rows = len(x_NI)
-        x_PI = functional.pad(x_NI, (0, 0, 0, _room(rows) - rows))
-        out_PO: Tensor = product(x_PI, layout, bias_O, "none", [], "")
-        return out_PO[:rows].view(*x.shape[:-1], -1)
-
-    return multiply
+    return Packed(layout, bias_O)
 
 
-def _room(rows: int) -> int:
-    """Rows to make a product of: oneDNN keeps a program of half a megabyte for every number that it has met."""
+class Packed:
+    """One product with weights in oneDNN's layout, and a bias_O or None."""
+
+    def __init__(self, layout: Tensor, bias_O: Tensor | None) -> None:
+        self.layout, self.bias_O = layout, bias_O
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.layout, self.bias_O, "none", [], "")
+        return out
+
+
+def convenient(rows: int) -> int:
+    """At least `rows`, and one of few numbers: oneDNN keeps a program of half a megabyte for each that it has met."""
     return next((step for step in STEPS if step >= rows), -(-rows // ROWS) * ROWS)
