@@ -211,6 +211,23 @@ def test_two_hosts_of_a_host_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_stop_signal_ends_the_ranks_of_a_host_file_with_75(tmp_path: Path) -> None:
+    """DeepSpeed's launcher gets no signal: the ranks see a file."""
+    (tmp_path / "hosts").write_text("127.0.0.1 slots=2\n", encoding="utf-8")
+    hosts = ["engine.kind=ddp", f"launch.hostfile={tmp_path}/hosts", "launch.master_addr=127.0.0.1",
+             "launch.master_port=29743", "launch.node_rank=0"]  # fmt: skip
+    started = [sys.executable, "-m", "toy_main", *command("stopped", tmp_path, *hosts)]
+    process = subprocess.Popen(started, cwd=tmp_path, env=toy_environment(), stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "stopped" / "going").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert not list((tmp_path / "stopped").glob(".launch*"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "code", "message"),
     [
