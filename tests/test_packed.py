@@ -13,7 +13,7 @@ from test_rollout import PROMPTS, SEEDS, sampling
 from torch import Tensor, nn
 
 from rlhf.lean_lora import make_lean
-from rlhf.packed import side_by_side
+from rlhf.packed import convenient, side_by_side
 from rlhf.rollout import generate, sequence_logprobs
 
 
@@ -43,6 +43,13 @@ def test_outputs_are_those_of_the_layers_joined(biases: tuple[bool, ...], shape:
     product = side_by_side(made)
     torch.testing.assert_close(product(x), torch.cat([layer(x) for layer in made], -1), rtol=1e-6, atol=1e-6)
     assert not follows(made[0], product, x)
+
+
+@pytest.mark.parametrize(
+    ("rows", "made"), [(1, 2), (2, 2), (3, 4), (5, 8), (12, 12), (13, 16), (25, 32), (32, 32), (33, 64), (128, 128)]
+)
+def test_rows_are_rounded_up_to_a_few_numbers(rows: int, made: int) -> None:
+    assert convenient(rows) == made
 
 
 @torch.no_grad()
