@@ -92,9 +92,10 @@ def test_what_did_not_pass_is_a_warning_at_the_top(tmp_path: Path, status: str) 
 def test_a_status_that_the_record_contradicts_is_not_repeated(run: Path, tmp_path: Path) -> None:
     Ledger(run / "ledger.jsonl").append("promotion", stage="ppo", status="UNPROMOTED", digest="sha256:ppo-digest")
     forged = make_run(tmp_path / "forged", "FAIL", "PROMOTED")
-    torn = make_run(tmp_path / "torn")
+    torn, other = make_run(tmp_path / "torn"), make_run(tmp_path / "other")
     (torn / "ppo" / "verdict.json").unlink()
-    for path in (run, forged, torn):
+    Ledger(other / "ledger.jsonl").append("promotion", stage="ppo", status="PROMOTED", digest="sha256:another")
+    for path in (run, forged, torn, other):
         text = card_of(path)
         assert "> [!WARNING]\n> **UNVERIFIED.**" in text and "**PROMOTED.**" not in text
     assert "> - ppo/verdict.json is missing" in card_of(torn)

@@ -189,6 +189,8 @@ def test_the_stages_of_a_run_by_name_and_by_folder(
     lines = said(cfg, "a").getvalue().splitlines()
     assert [line.split(" ")[:2] for line in lines[:2]] == [["ppo:", "PROMOTED."], ["sft:", "PROMOTED."]]
     assert [line[:5] for line in lines[3:]] == ["ppo: ", "sft: "]
+    imported = lab.config(stage=Stage.sft, sft__artifact=str(tiny_model), do=Do.chat)
+    assert said(imported).getvalue().startswith("sft: no verdict is recorded beside it"), "that is of another model"
     lab.decisions["sft"] = "FAIL"
     with pytest.raises(GateError):
         lab.run(stage=Stage.sft, gate__sft={"degenerate": CheckConfig(max=0.25)})
