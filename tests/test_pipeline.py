@@ -125,7 +125,9 @@ def test_the_model_card_follows_the_verdict(lab: Lab) -> None:
 
 def test_the_record_is_read_for_cards_once_while_it_does_not_change(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     lab.run()
-    card, read = lab.path("sft") / "model" / "README.md", []
+    card, *others = (lab.path(stage) / "model" / "README.md" for stage in ("sft", "rm", "ppo"))
+    assert all(other.exists() for other in others), "each stage has changed the ledger"
+    read: list[Path] = []
     card.unlink()
     reader = pipeline.read_run
     monkeypatch.setattr(pipeline, "read_run", lambda path: read.append(path) or reader(path))

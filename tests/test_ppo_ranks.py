@@ -79,14 +79,15 @@ def assert_close(one: list[dict[str, float]], two: list[dict[str, float]], rel: 
 def test_three_updates_have_the_losses_of_one_process(
     pair: TwoRanks, kind: str, lora: bool, engine: str, ends: bool
 ) -> None:
-    """ends: `target_kl` ends an update."""
-    changes = {"target_kl": 0.01, "epochs": 3} if ends else {}
+    """ends: `target_kl` ends an update, whose last gradient is dropped: Llama's third makes a step after that."""
+    changes = {"target_kl": 0.01 if lora else 0.1, "epochs": 3} if ends else {}
     one = on_one(pair, ppo_cells.three_updates, kind, lora, "single", changes)
     both = pair.call(ppo_cells.three_updates, kind, lora, engine, changes)
     assert both[0] == both[1]
     assert_close(one, both[0])
     if ends:
-        assert one[2]["policy/steps"] < 6
+        assert one[0]["policy/steps"] < 6 > one[2]["policy/steps"]
+        assert kind != "llama" or one[2]["policy/steps"] > 0
 
 
 @pytest.mark.slow
