@@ -20,6 +20,7 @@ import stages.ppo
 from rlhf.config import Config, KlConfig, LoraConfig, ModelConfig, PpoConfig, Schedule
 from rlhf.context import Context, StageData
 from rlhf.data import DataReport, Loaded
+from rlhf.heap import keep_freed_memory
 from rlhf.render import Renderer, load_tokenizer
 from rlhf.rollout import seed_of
 from rlhf.tracking import JsonlTracker
@@ -97,6 +98,7 @@ def capture(loop: Any, path: str) -> None:
 
 
 def main() -> None:
+    keep_freed_memory()  # as rlhf.worker does
     channel = Channel()
     settings = Settings(**json.loads(sys.argv[1]))
     torch.set_num_threads(settings.threads)

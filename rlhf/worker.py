@@ -16,6 +16,7 @@ from rlhf import pulse
 from rlhf.artifacts import sha256_text
 from rlhf.config import Do
 from rlhf.errors import Preempted, RLHFError
+from rlhf.heap import keep_freed_memory
 from rlhf.launch import PARENT_VARIABLE, STATES, from_plain
 from rlhf.signals import STOP_FILE, StoppedAtOnce, install_stop_handler
 
@@ -37,6 +38,7 @@ def die_with_launcher() -> None:
 
 def main() -> int:
     die_with_launcher()
+    keep_freed_memory()
     sys.path.append(os.getcwd())  # a user's own reward module, without letting the folder shadow this package
     spec = Path(sys.argv[1])
     install_stop_handler(spec.with_name(STOP_FILE))
