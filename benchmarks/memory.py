@@ -6,7 +6,7 @@
 Each stage runs in processes of its own through the pipeline, on rows of the greatest length. Measured is the high-water
 mark of the process (VmHWM), above what it holds when the stage begins and everything is imported; of several ranks the
 highest. MALLOC_MMAP_THRESHOLD_ gives freed memory back to the system at once: else the mark would also hold what the C
-library keeps for later. `--as-is` leaves that out. Linux only.
+library keeps for later. `--as-is` leaves that out: a worker keeps it. Linux only.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def rise(perform: Callable[[], Any], stage: str) -> int:
 
 def main() -> None:
     parser = arguments_of(__doc__, SETTINGS)
-    parser.add_argument("--as-is", action="store_true", help="with the C library's own memory management")
+    parser.add_argument("--as-is", action="store_true", help="with freed memory kept, as a worker keeps it")
     arguments = parser.parse_args()
     if arguments.rank is not None:
         watch(arguments.rank, rise)

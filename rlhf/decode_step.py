@@ -51,7 +51,7 @@ class DecodeStep:
             self.ready()
         rows = len(ids_B1)
         spare = convenient(rows) - rows if isinstance(self.head, Packed) else 0
-        x_P1E = self.body.embed_tokens(functional.pad(ids_B1, (0, 0, 0, spare)))
+        x_P1E = self.body.embed_tokens(functional.pad(ids_B1, (0, 0, 0, spare)) if spare else ids_B1)
         cos_B1D, sin_B1D = self.body.rotary_emb(x_P1E, position_ids=position_B1)
         cos_B11D, sin_B11D = cos_B1D.unsqueeze(1), sin_B1D.unsqueeze(1)
         bias_B11T = None
@@ -87,17 +87,20 @@ class _Layer:
         # The heads that share keys stand where a sequence's queries would: no key is repeated.
         q_BGHD = qk_BH1D[:, :heads].reshape(rows, -1, self.groups, width)
         z_BGHD = functional.scaled_dot_product_attention(q_BGHD, keys_BGTD, values_BGTD, bias_B11T, scale=self.scaling)
-        z_P1E = functional.pad(z_BGHD.reshape(rows, 1, -1), (0, 0, 0, 0, 0, len(x_P1E) - rows))
+        z_P1E = z_BGHD.reshape(rows, 1, -1)
+        if len(x_P1E) > rows:
+            z_P1E = functional.pad(z_P1E, (0, 0, 0, 0, 0, len(x_P1E) - rows))
         x_P1E = x_P1E + self.out(z_P1E)
         out_P1E: Tensor = x_P1E + self.mlp(self.norms[1](x_P1E))
         return out_P1E
 
 
 def _mlp(mlp: Any) -> Product:
-    """The feed-forward block in two products where it is known to be gated, else as it is."""
-    if type(mlp).__name__ not in GATED:
+    """The feed-forward block in two products where it is known to be gated and can be packed, else as it is."""
+    gate_up = side_by_side([mlp.gate_proj, mlp.up_proj]) if type(mlp).__name__ in GATED else None
+    if not isinstance(gate_up, Packed):
         return mlp  # type: ignore[no-any-return]  # a module
-    gate_up, down, act = side_by_side([mlp.gate_proj, mlp.up_proj]), side_by_side([mlp.down_proj]), mlp.act_fn
+    down, act = side_by_side([mlp.down_proj]), mlp.act_fn
 
     def run(x_P1E: Tensor) -> Tensor:
         gate, up = gate_up(x_P1E).chunk(2, -1)

@@ -44,11 +44,15 @@ def _packed(layers: Sequence[nn.Module]) -> Product | None:
     weights: list[Tensor] = []
     biases: list[Any] = []
     for layer in layers:
+        base = getattr(layer, "base_layer", layer)
+        stored = getattr(base, "weight", None)
+        if stored is None or stored.dtype != torch.float32 or stored.device.type != "cpu":
+            return None
         found = effective_weight(layer)
-        if found is None or found.dtype != torch.float32 or found.device.type != "cpu":
+        if found is None or found.dtype != torch.float32:
             return None
         weights.append(found)
-        biases.append(getattr(layer, "base_layer", layer).bias)
+        biases.append(base.bias)
     layout = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), ROWS)
     bias_O = None
     if any(bias is not None for bias in biases):

@@ -177,7 +177,8 @@ def stage_peak(run: Run, stage: str, sizes: Sizes) -> tuple[float, float, float]
     reads = _pass(run, stage, "read", reading_shapes(cfg, stage, config))
     if stage == "ppo":
         reads += cache_bytes(config, cfg) + noise_bytes(config, cfg)
-        reads += FLOAT * largest.held if on_cpu else 0  # the packed copy of the weights (rlhf.packed)
+        if on_cpu and cfg.model.dtype is not Dtype.bfloat16:  # the packed copy of the policy's weights (rlhf.packed)
+            reads += FLOAT * mine[0].held
     return rest, trains + largest.gathered(engine), float(reads)
 
 

@@ -16,6 +16,11 @@ from rlhf.lean_lora import make_lean
 from rlhf.packed import convenient, side_by_side
 from rlhf.rollout import generate, sequence_logprobs
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
+    reason="this build of torch cannot pack",
+)
+
 
 def layers(*, biases: tuple[bool, ...], dtype: torch.dtype = torch.float32) -> list[nn.Linear]:
     torch.manual_seed(0)

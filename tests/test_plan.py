@@ -206,3 +206,15 @@ def test_an_imported_model_is_taken_kept_or_refused_as_do_run_does(lab: Lab, tin
     assert "sft.artifact: " in planned(lab, sft__artifact=str(tiny_model))["sft"][1]
     with pytest.raises(ConfigError, match=r"sft\.artifact: "):
         lab.run(sft__artifact=str(tiny_model))
+
+
+@pytest.mark.parametrize(("dtype", "packed"), [(Dtype.float32, 4000), (Dtype.bfloat16, 0)])
+def test_only_the_policy_is_packed_and_only_in_float32(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, dtype: Dtype, packed: int
+) -> None:
+    monkeypatch.setattr(plan_memory, "_pass", lambda *_: 500.0)
+    monkeypatch.setattr(plan_memory, "cache_bytes", lambda *_: 30)
+    monkeypatch.setattr(plan_memory, "noise_bytes", lambda *_: 7)
+    sizes = [("ppo policy", 1000, 1000), ("ppo reference", 1000, 0), ("ppo reward × 3", 3000, 0)]
+    run = Run(lab.config(model__dtype=dtype, launch=LaunchConfig(device="cpu")), read_only=True)
+    assert plan_memory.stage_peak(run, "ppo", sizes)[2] == 537 + packed
