@@ -109,10 +109,8 @@ def watch(spec: Path, watched: Callable[[Callable[[], Any], str], Any]) -> None:
     """One rank: run the configuration; `watched(perform, stage)` stands around the stage, and what it gives is left."""
     from rlhf import worker
     from rlhf.errors import RLHFError
-    from rlhf.heap import keep_freed_memory
     from rlhf.pipeline import Run
 
-    keep_freed_memory()  # as rlhf.worker does
     perform = Run.perform
 
     def around(self: Run, stage: str, tracker: Any) -> Any:

@@ -116,11 +116,11 @@ def _norm(norm: Any) -> Any:
     return lambda x: functional.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def decode_step(model: Any, cache: Any) -> DecodeStep | None:
-    """A step for `model` over `cache`, or None where its own forward pass has to be used."""
+def decode_step(model: Any) -> DecodeStep | None:
+    """A step for `model` over a cache of `make_cache`, or None where its own forward pass has to be used."""
     ready = getattr(model, "ready", None)  # of a role on a shared base
     inner = getattr(model, "inner", model)
-    if not _is_plain(inner) or not all(type(layer) is RoomyLayer for layer in cache.layers):
+    if not _is_plain(inner) or not all(type(layer) is RoomyLayer for layer in make_cache(inner).layers):
         return None  # a sliding window has a cache layer of its own
     if ready is not None:
         ready()

@@ -38,7 +38,7 @@ def side_by_side(layers: Sequence[nn.Module]) -> Product:
 
 
 @torch.no_grad()
-def _packed(layers: Sequence[nn.Module]) -> Product | None:
+def _packed(layers: Sequence[nn.Module]) -> Packed | None:
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise") or torch.is_autocast_enabled("cpu"):
         return None
     weights: list[Tensor] = []
@@ -57,7 +57,6 @@ def _packed(layers: Sequence[nn.Module]) -> Product | None:
     bias_O = None
     if any(bias is not None for bias in biases):
         bias_O = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)])
-
     return Packed(layout, bias_O)
 
 

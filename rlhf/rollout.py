@@ -179,7 +179,7 @@ def generate(model: Any, prompts_ids: Sequence[list[int]], seeds: Sequence[int],
     """Sample one response for each prompt, in the order given. `seeds[i]` alone decides the noise of sample i."""
     out: list[Response | None] = [None] * len(prompts_ids)
     with torch.inference_mode(), evaluating(model):
-        step = decode_step(model, make_cache(model))
+        step = decode_step(model)
         for group in decode_groups([len(ids) for ids in prompts_ids], sampling.group):
             given = [prompts_ids[i] for i in group], [seeds[i] for i in group]
             decoded = _Decoder(model, step, *given, sampling).run()
@@ -191,7 +191,7 @@ def generate(model: Any, prompts_ids: Sequence[list[int]], seeds: Sequence[int],
 def stream(model: Any, prompt_ids: list[int], seed: int, sampling: Sampling) -> Iterator[int]:
     """The ids of the response that `generate` gives for this prompt and seed, each as it is sampled."""
     with torch.inference_mode(), evaluating(model):
-        steps = _Decoder(model, decode_step(model, make_cache(model)), [prompt_ids], [seed], sampling).steps()
+        steps = _Decoder(model, decode_step(model), [prompt_ids], [seed], sampling).steps()
     while True:
         with torch.inference_mode(), evaluating(model):  # not while the caller holds a token
             sampled = next(steps, None)

@@ -38,7 +38,6 @@ def die_with_launcher() -> None:
 
 def main() -> int:
     die_with_launcher()
-    keep_freed_memory()
     sys.path.append(os.getcwd())  # a user's own reward module, without letting the folder shadow this package
     spec = Path(sys.argv[1])
     install_stop_handler(spec.with_name(STOP_FILE))
@@ -69,6 +68,7 @@ def first_to_say(message: str) -> bool:
 
 def work_as_a_rank(plain: dict[str, Any]) -> int:
     """Join the other ranks, if there are any, and do what rank 0's configuration says; the exit code."""
+    keep_freed_memory()
     mine = from_plain(plain)
     if mine.do is Do.report:
         from rlhf.report.verb import report

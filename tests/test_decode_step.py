@@ -42,9 +42,16 @@ def steps_taken(model: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any],
         count += 1
         return step(self, *args)
 
-    decode_step(model, make_cache(model))  # the trial is not counted
+    decode_step(model)  # the trial is not counted
     monkeypatch.setattr(DecodeStep, "__call__", counted)
     return generate(model, PROMPTS, SEEDS, sampling()), count
+
+
+def assert_logprobs_of(model: Any, responses: list[Any], atol: float) -> None:
+    """What was noted while sampling is what one pass over the whole sequences gives."""
+    given = sequence_logprobs(model, PROMPTS, [r.ids for r in responses])
+    for response, logp in zip(responses, given, strict=True):
+        torch.testing.assert_close(torch.tensor(response.logprobs, dtype=logp.dtype), logp, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
@@ -54,9 +61,7 @@ def test_what_is_sampled_is_what_the_forward_pass_gives(kind: str, monkeypatch: 
     responses, taken = steps_taken(model, monkeypatch)
     assert taken == max(len(r.ids) for r in responses) - 1 > 5  # all but the one over the prompts
     assert len({len(r.ids) for r in responses}) > 2
-    given = sequence_logprobs(model, PROMPTS, [r.ids for r in responses])
-    for response, logp in zip(responses, given, strict=True):
-        torch.testing.assert_close(torch.tensor(response.logprobs, dtype=logp.dtype), logp, rtol=0, atol=1e-6)
+    assert_logprobs_of(model, responses, atol=1e-6)
     monkeypatch.setattr(rlhf.rollout, "decode_step", lambda *_: None)
     assert [r.ids for r in generate(model, PROMPTS, SEEDS, sampling())] == [r.ids for r in responses]
 
@@ -66,9 +71,7 @@ def test_the_norm_in_one_operation_is_the_same_arithmetic(kind: str, monkeypatch
     model = of_kind(kind, torch.float32)
     responses, taken = steps_taken(model, monkeypatch)
     assert taken
-    given = sequence_logprobs(model, PROMPTS, [r.ids for r in responses])
-    for response, logp in zip(responses, given, strict=True):
-        torch.testing.assert_close(torch.tensor(response.logprobs), logp, rtol=0, atol=2e-5)
+    assert_logprobs_of(model, responses, atol=2e-5)
 
 
 def test_a_role_on_a_shared_base_decodes_with_its_own_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,11 +79,10 @@ def test_a_role_on_a_shared_base_decodes_with_its_own_adapter(monkeypatch: pytes
     disturb(roles.policy, by=0.3)
     responses, taken = steps_taken(roles.policy, monkeypatch)
     assert taken
+    assert_logprobs_of(roles.policy, responses, atol=1e-6)
     own, bare = (sequence_logprobs(m, PROMPTS, [r.ids for r in responses]) for m in (roles.policy, roles.reference))
-    for response, logp in zip(responses, own, strict=True):
-        torch.testing.assert_close(torch.tensor(response.logprobs, dtype=logp.dtype), logp, rtol=0, atol=1e-6)
     assert max(float((a - b).abs().max()) for a, b in zip(own, bare, strict=True)) > 0.1
-    decode = decode_step(roles.policy, make_cache(roles.policy))
+    decode = decode_step(roles.policy)
     assert decode is not None
     roles.reference.ready()  # another role computes in between
     cache = make_cache(roles.policy)
@@ -108,6 +110,6 @@ def test_other_models_run_as_always(why: str, monkeypatch: pytest.MonkeyPatch) -
         model.model.layers[0].self_attn.register_forward_hook(lambda *_: None)
     if why == "wrong":
         monkeypatch.setattr(module._Layer, "__call__", lambda _self, x_B1E, *_: x_B1E)
-    assert decode_step(model, make_cache(model)) is None
+    assert decode_step(model) is None
     responses, taken = steps_taken(model, monkeypatch)
     assert taken == 0 and len(responses) == len(PROMPTS)

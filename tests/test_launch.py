@@ -53,6 +53,19 @@ def toy(name: str, cwd: Path, *arguments: str, timeout: float = 120) -> subproce
     return subprocess.run(started, cwd=cwd, env=toy_environment(), capture_output=True, text=True, timeout=timeout)
 
 
+def stopped(name: str, cwd: Path, *arguments: str, by: int = signal.SIGTERM) -> subprocess.CompletedProcess[str]:
+    """The toy `name`, sent the signal `by` while it works, to its end, which has to be that of a stop."""
+    started = [sys.executable, "-m", "toy_main", *command(name, cwd, *arguments)]
+    process = subprocess.Popen(started, cwd=cwd, env=toy_environment(), stderr=subprocess.PIPE, text=True)
+    while not (cwd / name / "going").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(by)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    return subprocess.CompletedProcess(started, process.returncode, stderr=stderr)
+
+
 def errors(process: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in process.stderr.splitlines() if line.startswith("error:")]
 
@@ -216,14 +229,7 @@ def test_a_stop_signal_ends_the_ranks_of_a_host_file_with_75(tmp_path: Path) -> 
     (tmp_path / "hosts").write_text("127.0.0.1 slots=2\n", encoding="utf-8")
     hosts = ["engine.kind=ddp", f"launch.hostfile={tmp_path}/hosts", "launch.master_addr=127.0.0.1",
              "launch.master_port=29743", "launch.node_rank=0"]  # fmt: skip
-    started = [sys.executable, "-m", "toy_main", *command("stopped", tmp_path, *hosts)]
-    process = subprocess.Popen(started, cwd=tmp_path, env=toy_environment(), stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "stopped" / "going").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 75, stderr
+    stopped("stopped", tmp_path, *hosts)
     assert not list((tmp_path / "stopped").glob(".launch*"))
 
 
@@ -252,15 +258,7 @@ def test_a_rank_that_fails_ends_the_job_with_its_code_and_one_message(
     ("name", "number"), [("stopped", signal.SIGTERM), ("stopped", signal.SIGINT), ("early-stop", 15)]
 )
 def test_a_stop_signal_ends_all_ranks_at_the_same_update_with_75(tmp_path: Path, name: str, number: int) -> None:
-    started = [sys.executable, "-m", "toy_main", *command(name, tmp_path, *OWN)]
-    process = subprocess.Popen(started, cwd=tmp_path, env=toy_environment(), stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / name / "going").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 75, stderr
-    lines = [line for line in stderr.splitlines() if line.startswith("error:")]
+    lines = errors(stopped(name, tmp_path, *OWN, by=number))
     if name == "early-stop":
         assert lines == ["error: stopped by a signal: run the same command again to go on"]
         return

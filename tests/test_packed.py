@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from lora_toys import disturb, roles_of
-from test_decode_step import of_kind
+from test_decode_step import assert_logprobs_of, of_kind
 from test_lean_lora import adapted
 from test_rollout import PROMPTS, SEEDS, sampling
 from torch import Tensor, nn
 
 from rlhf.lean_lora import make_lean
 from rlhf.packed import convenient, side_by_side
-from rlhf.rollout import generate, sequence_logprobs
+from rlhf.rollout import generate
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
@@ -114,8 +114,7 @@ def test_each_round_of_sampling_has_the_weights_of_its_time(kind: str) -> None:
             p.mul_(0.8)
     second = generate(model, PROMPTS, SEEDS, sampling())
     assert [r.ids for r in first] != [r.ids for r in second]
-    for response, logp in zip(second, sequence_logprobs(model, PROMPTS, [r.ids for r in second]), strict=True):
-        torch.testing.assert_close(torch.tensor(response.logprobs), logp, rtol=0, atol=2e-5)
+    assert_logprobs_of(model, second, atol=2e-5)
 
 
 def test_a_role_on_a_shared_base_is_sampled_with_its_adapter() -> None:
@@ -123,7 +122,4 @@ def test_a_role_on_a_shared_base_is_sampled_with_its_adapter() -> None:
     roles.policy.base.model.float()
     disturb(roles.policy, by=0.3)
     for role in (roles.policy, roles.reference):
-        responses = generate(role, PROMPTS, SEEDS, sampling())
-        given = sequence_logprobs(role, PROMPTS, [r.ids for r in responses])
-        for response, logp in zip(responses, given, strict=True):
-            torch.testing.assert_close(torch.tensor(response.logprobs), logp, rtol=0, atol=2e-5)
+        assert_logprobs_of(role, generate(role, PROMPTS, SEEDS, sampling()), atol=2e-5)

@@ -24,6 +24,12 @@ from rlhf.verbs import chosen
 STAGES = ("sft", "rm", "ppo")
 
 
+@pytest.fixture
+def decoding_of_37_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_memory, "cache_bytes", lambda *_: 30)
+    monkeypatch.setattr(plan_memory, "noise_bytes", lambda *_: 7)
+
+
 def planned(lab: Lab, **changes: Any) -> dict[str, tuple[str, str]]:
     """For each stage what it would be, and why."""
     before = sorted(lab.folder.rglob("*"))
@@ -118,6 +124,7 @@ def test_a_model_whose_passes_cannot_be_counted_is_planned_all_the_same(
     assert any("memory on each of 2 ranks, engine=ddp" in title for title in tables), "the engine that will run"
 
 
+@pytest.mark.usefixtures("decoding_of_37_bytes")
 @pytest.mark.parametrize(
     ("engine", "ranks", "sft", "rm", "ppo"),
     [
@@ -136,8 +143,6 @@ def test_what_a_stage_holds_is_the_sum_of_its_parts(
     decoding reads, the cache, the noise and a copy of the policy whose weights are packed."""
     passes = {"sft": 9000.0, "rm": 7000.0, "ppo": 8000.0, "read": 500.0}
     monkeypatch.setattr(plan_memory, "_pass", lambda run, stage, kind, shapes: passes[kind])
-    monkeypatch.setattr(plan_memory, "cache_bytes", lambda *_: 30)
-    monkeypatch.setattr(plan_memory, "noise_bytes", lambda *_: 7)
     sizes = [("sft model", 1000, 1000), ("rm model", 1000, 1000), ("ppo policy", 1000, 1000), ("ppo critic", 800, 800),
              ("ppo reference", 1000, 0)]  # fmt: skip
     changes = {"engine__kind": EngineKind[engine], "launch": LaunchConfig(gpus=ranks, device="cpu"), "ppo__ema": 0.5}
@@ -208,13 +213,12 @@ def test_an_imported_model_is_taken_kept_or_refused_as_do_run_does(lab: Lab, tin
         lab.run(sft__artifact=str(tiny_model))
 
 
+@pytest.mark.usefixtures("decoding_of_37_bytes")
 @pytest.mark.parametrize(("dtype", "packed"), [(Dtype.float32, 4000), (Dtype.bfloat16, 0)])
 def test_only_the_policy_is_packed_and_only_in_float32(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, dtype: Dtype, packed: int
 ) -> None:
     monkeypatch.setattr(plan_memory, "_pass", lambda *_: 500.0)
-    monkeypatch.setattr(plan_memory, "cache_bytes", lambda *_: 30)
-    monkeypatch.setattr(plan_memory, "noise_bytes", lambda *_: 7)
     sizes = [("ppo policy", 1000, 1000), ("ppo reference", 1000, 0), ("ppo reward × 3", 3000, 0)]
     run = Run(lab.config(model__dtype=dtype, launch=LaunchConfig(device="cpu")), read_only=True)
     assert plan_memory.stage_peak(run, "ppo", sizes)[2] == 537 + packed
