@@ -32,10 +32,11 @@ from reward_models.trained import TrainedReward
 from rlhf.artifacts import read_json, write_json, write_text
 from rlhf.config import ModelConfig
 from rlhf.data.loading import is_heldout
+from rlhf.logprobs import sequence_logprobs
 from rlhf.quickstart.audit import MAX_NEW_TOKENS, mean, utilities
 from rlhf.quickstart.world import Shop
 from rlhf.render import Renderer, load_tokenizer
-from rlhf.rollout import Sampling, generate, seed_of, sequence_logprobs
+from rlhf.rollout import Sampling, generate, seed_of
 
 PROXY_ROWS, PROXY_HELDOUT = 100, 30  # rankings that the proxy is trained on, and judged by
 PROXY = ("rm.optim.epochs=10", "rm.optim.evals=1")  # a hundred rankings are 7 updates an epoch

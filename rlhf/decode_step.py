@@ -12,6 +12,7 @@ head, E of a state, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,12 +22,11 @@ from torch.nn import functional
 
 from rlhf.kv_cache import RoomyLayer, make_cache
 from rlhf.packed import Packed, Product, convenient, side_by_side
-from rlhf.trial import UNLIKE, alike
+from rlhf.trial import follows_forward
 
 PLAIN = ("LlamaAttention", "MistralAttention", "Qwen2Attention")  # rotary positions, one softmax, nothing else
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
 GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP")  # down(act(gate(x)) * up(x))
-PROBE = 6  # tokens of the rows that a model is tried on
 
 _usable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -141,30 +141,8 @@ def _is_plain(model: Any) -> bool:
     return all(type(getattr(layer, "self_attn", None)).__name__ in PLAIN for layer in layers)
 
 
-@torch.inference_mode()
 def _same_as_forward(model: Any) -> bool:
-    """True if a step gives the logits of the model's own forward pass, with a row that is padded on the left."""
-    at = next(model.parameters()).device
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids_BT = (torch.arange(2 * PROBE, device=at) % vocabulary).view(2, PROBE)
-    mask_BT = torch.ones_like(ids_BT)
-    mask_BT[1, : PROBE // 2] = 0
-    position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
-    given = {"use_cache": True, "logits_to_keep": 1}
-    cache = make_cache(model)
-    try:
-        whole_BV = model(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            position_ids=position_BT,
-            past_key_values=make_cache(model),
-            **given,
-        ).logits[:, -1]
-        model(
-            input_ids=ids_BT[:, :-1], attention_mask=mask_BT[:, :-1], position_ids=position_BT[:, :-1],
-            past_key_values=cache, **given,
-        )  # fmt: skip
-        step_BV = DecodeStep(model)(ids_BT[:, -1:], position_BT[:, -1:], mask_BT, cache)[:, -1]
-    except UNLIKE:
-        return False
-    return alike(whole_BV, step_BV)
+    def by_step(ids_B1: Tensor, position_B1: Tensor, mask_BT: Tensor, cache: Any) -> Tensor:
+        return DecodeStep(model)(ids_B1, position_B1, mask_BT, cache)
+
+    return follows_forward(model, partial(make_cache, model), by_step)

@@ -26,8 +26,11 @@ from rlhf.encoders import is_encoder
 from rlhf.engine.deepspeed import BUCKET
 from rlhf.kv_cache import BLOCK
 from rlhf.last_layer import last_layer_at, trust_blocks
+from rlhf.logprobs import logprob_and_entropy
 from rlhf.lora import is_lora
-from rlhf.rollout import NOISE_BLOCK, NOISE_STEPS, logprob_and_entropy
+from rlhf.packed import convenient
+from rlhf.recorded import spanned
+from rlhf.rollout import NOISE_BLOCK, NOISE_STEPS
 
 FLOAT = 4  # bytes: weights are float32 also with model.dtype=bfloat16, where only the arithmetic is not
 LIVE = 5 * BUCKET  # weights that ZeRO-3 gathers at a time while it trains, at most
@@ -206,13 +209,17 @@ def _body(model: Any) -> Any:
 # ---- decoding
 
 
-def cache_bytes(config: Any, cfg: Config) -> int:
-    """PPO's key-value cache: keys and values of each layer and key-value head, for a decode group's longest rows."""
+def cache_bytes(config: Any, cfg: Config, *, recorded: bool) -> int:
+    """PPO's key-value cache: keys and values of each layer and key-value head, for a decode group's longest rows.
+
+    recorded: with the room that recorded steps ask for (`rlhf.recorded`).
+    """
     config, shapes = config.get_text_config(), reading_shapes(cfg, "ppo", config)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rounded = -(-(shapes.tokens + cfg.ppo.max_new_tokens) // BLOCK) * BLOCK
-    return int(2 * FLOAT * config.num_hidden_layers * heads * width * shapes.rows * rounded)
+    rows, tokens = shapes.rows, shapes.tokens + cfg.ppo.max_new_tokens
+    room = (convenient(rows), spanned(tokens)) if recorded else (rows, -(-tokens // BLOCK) * BLOCK)
+    return int(2 * FLOAT * config.num_hidden_layers * heads * width * room[0] * room[1])
 
 
 def noise_bytes(config: Any, cfg: Config) -> int:

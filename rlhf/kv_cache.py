@@ -18,14 +18,18 @@ BLOCK = 64  # tokens that room is made for at a time
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no types
-    """`keys` and `values`, [B, G, T, D], are views of the first rows and tokens of larger tensors."""
+    """`keys` and `values`, [B, G, T, D], are views of the first rows and tokens of the two larger tensors of `room`.
+
+    reserve: the least rows and tokens that room is made for. What nothing was written to yet is 0.
+    """
 
     keys: Tensor
     values: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, reserve: tuple[int, int] = (0, 0)) -> None:
         super().__init__()
-        self._room: list[Tensor] = []
+        self.reserve = reserve
+        self.room: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new tokens behind the old ones; all keys and values."""
@@ -33,33 +37,38 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no t
             self.lazy_initialization(key_states, value_states)
         rows, length = key_states.shape[0], self.get_seq_length()
         end = length + key_states.shape[-2]
-        if not self._room or end > self._room[0].shape[-2]:
-            self._room = [
+        if not self.room or end > self.room[0].shape[-2]:
+            self.room = [
                 self._grown(old, new, end) for old, new in ((self.keys, key_states), (self.values, value_states))
             ]
-        for room, new in zip(self._room, (key_states, value_states), strict=True):
-            room[:rows, :, length:end] = new
-        self.keys, self.values = (room[:rows, :, :end] for room in self._room)
+        for part, new in zip(self.room, (key_states, value_states), strict=True):
+            part[:rows, :, length:end] = new
+        self.keys, self.values = (part[:rows, :, :end] for part in self.room)
         return self.keys, self.values
 
-    @staticmethod
-    def _grown(old: Tensor, new: Tensor, end: int) -> Tensor:
-        tokens = -(-end // BLOCK) * BLOCK
-        room = new.new_empty((*new.shape[:2], tokens, new.shape[-1]))
+    def _grown(self, old: Tensor, new: Tensor, end: int) -> Tensor:
+        (rows, heads, _, width), (least_rows, least_tokens) = new.shape, self.reserve
+        tokens = max(-(-end // BLOCK) * BLOCK, least_tokens)
+        part = new.new_zeros((max(rows, least_rows), heads, tokens, width))
         if old.numel():
-            room[:, :, : old.shape[-2]] = old
-        return room
+            part[:rows, :, : old.shape[-2]] = old
+        return part
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows that `fill_holes` says: each in its place, or from behind the new end."""
-        if not self._room:
+        if not self.room:
             return
-        places, length = indices.tolist(), self.get_seq_length()
-        for room in self._room:
-            for place, row in enumerate(places):
-                if row != place:
-                    room[place, :, :length] = room[row, :, :length]
-        self.keys, self.values = (room[: len(places), :, :length] for room in self._room)
+        length = self.get_seq_length()
+        move_rows([part[:, :, :length] for part in self.room], indices.tolist())
+        self.keys, self.values = (part[: len(indices), :, :length] for part in self.room)
+
+
+def move_rows(room: Sequence[Tensor], places: Sequence[int]) -> None:
+    """Write row `places[i]` to place i, as `fill_holes` arranged them."""
+    for part in room:
+        for place, row in enumerate(places):
+            if row != place:
+                part[place] = part[row]
 
 
 def fill_holes(keep: Sequence[int]) -> list[int]:
@@ -70,8 +79,8 @@ def fill_holes(keep: Sequence[int]) -> list[int]:
     return [row if row in staying else late.pop() for row in range(size)]
 
 
-def make_cache(model: Any) -> DynamicCache:
+def make_cache(model: Any, reserve: tuple[int, int] = (0, 0)) -> DynamicCache:
     """A cache for `model`, with our layers where it has plain ones; sliding and linear ones stay the library's."""
     cache = DynamicCache(config=model.config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [RoomyLayer(reserve) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

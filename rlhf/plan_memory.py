@@ -176,7 +176,7 @@ def stage_peak(run: Run, stage: str, sizes: Sizes) -> tuple[float, float, float]
     config = skeleton(run).config
     reads = _pass(run, stage, "read", reading_shapes(cfg, stage, config))
     if stage == "ppo":
-        reads += cache_bytes(config, cfg) + noise_bytes(config, cfg)
+        reads += cache_bytes(config, cfg, recorded=not on_cpu) + noise_bytes(config, cfg)
         if on_cpu and cfg.model.dtype is not Dtype.bfloat16:  # the packed copy of the policy's weights (rlhf.packed)
             reads += FLOAT * mine[0].held
     return rest, trains + largest.gathered(engine), float(reads)

@@ -1,10 +1,10 @@
-"""Sampling responses and reading the log-probabilities of given ones: our own decode loop over `forward` and a cache.
+"""Sampling responses: our own decode loop over `forward` and a cache.
 
 `generate()` of transformers can neither drop finished rows nor take noise of its own for each row, so the loop is here.
 A response depends on its prompt, its seed and the weights, never on its neighbours: each sample draws Gumbel noise from
 a generator of its own, and argmax(log p + noise) is a sample of p (Gumbel-max: Maddison et al., 1411.0030).
 
-Shapes: B rows, T tokens of a padded row, N response tokens of all rows of a micro-batch laid end to end, V vocabulary.
+Shapes: B rows, T tokens of a padded row, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,30 +12,32 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from rlhf.decode_step import DecodeStep, decode_step
 from rlhf.kv_cache import fill_holes, make_cache
 from rlhf.last_layer import last_layer_at
-from rlhf.scoring import micro_batches
+from rlhf.logprobs import evaluating, widen
+from rlhf.recorded import RecordedSteps, recorded_steps
 
 NOISE_STEPS, NOISE_BLOCK = 8, 1 << 16  # what a generator draws ahead, steps and numbers: part of what a seed means
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to sample. `temperature` 0 takes the likeliest token; `group` rows are decoded together."""
+    """How to sample. `temperature` 0 takes the likeliest token; `group` rows are decoded together; `recorded` lets a
+    GPU replay recorded steps (`rlhf.recorded`)."""
 
     temperature: float
     max_new_tokens: int
     eos_id: int
     group: int = 64
+    recorded: bool = True
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,141 +50,20 @@ class Response:
     finished: bool
 
 
-@dataclass(kw_only=True, slots=True)
-class Rows:
-    """A right-padded micro-batch: no mask is needed, since a causal model never looks right."""
-
-    ids_BT: Tensor
-    take_N: Tensor  # places in the flattened [B*T] that predict a response token
-    targets_N: Tensor  # the tokens predicted there
-    counts: list[int]  # response tokens of each row, in row order
-
-
 def seed_of(*parts: int | str) -> int:
     """A seed in [0, 2**63) that is a stable hash of `parts`, e.g. (run seed, update, sample id)."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout off inside, as it was outside."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-def collate(prompts: Sequence[list[int]], responses: Sequence[list[int]], device: torch.device) -> Rows:
-    """Prompt and response ids, joined and padded on the right. Token t of a row is predicted at place t - 1."""
-    longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    padded: list[list[int]] = []
-    take: list[int] = []
-    targets: list[int] = []
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        padded.append(prompt + response + [0] * (longest - len(prompt) - len(response)))
-        first = row * longest + len(prompt) - 1
-        take.extend(range(first, first + len(response)))
-        targets.extend(response)
-    return Rows(
-        ids_BT=torch.tensor(padded, device=device),
-        take_N=torch.tensor(take, dtype=torch.long, device=device),
-        targets_N=torch.tensor(targets, dtype=torch.long, device=device),
-        counts=[len(response) for response in responses],
-    )
-
-
-def response_logits(model: Any, rows: Rows) -> Tensor:
-    """logits_NV at the places that predict a response token, and nowhere else.
-
-    The hidden states are picked in front of the output layer, so that what a model does behind it (soft caps, scales)
-    still happens and no [B, T, V] tensor ever exists.
-    """
-
-    def pick(_module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden_BTH = args[0]
-        return (hidden_BTH.flatten(0, 1)[rows.take_N].unsqueeze(0),)
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(pick)
-    try:
-        with last_layer_at(model, rows.take_N):
-            logits: Tensor = model(input_ids=rows.ids_BT, use_cache=False).logits
-    finally:
-        handle.remove()
-    return logits.squeeze(0)
-
-
-def token_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
-    """log p(target) at `temperature`, at least in fp32."""
-    return -functional.cross_entropy(_at(logits_NV, temperature), targets_N, reduction="none")
-
-
-class _LogprobAndEntropy(torch.autograd.Function):
-    """One softmax for both, kept for the backward pass: log_softmax and gather would write four tensors of its size."""
-
-    @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        logp_NV = logits_NV.log_softmax(-1)
-        logp_N = logp_NV.gather(1, targets_N.unsqueeze(1)).squeeze(1)
-        p_NV = logp_NV.exp()
-        # The clamp keeps 0 * log 0 at 0. It comes after `logp_N` was read.
-        entropy_N = -torch.linalg.vecdot(p_NV, logp_NV.clamp_(min=-1e4))
-        ctx.save_for_backward(p_NV, targets_N)
-        ctx.mark_non_differentiable(entropy_N)
-        return logp_N, entropy_N
-
-    @staticmethod
-    def backward(ctx: Any, grad_N: Tensor, _entropy: Tensor) -> tuple[Tensor, None]:
-        p_NV, targets_N = ctx.saved_tensors
-        grad_NV = p_NV * -grad_N.unsqueeze(1)
-        return grad_NV.scatter_add_(1, targets_N.unsqueeze(1), grad_N.unsqueeze(1)), None
-
-
-def logprob_and_entropy(logits_NV: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(log p(target), entropy in nats) of each row at `temperature`, at least in fp32. The entropy has no gradient."""
-    out: tuple[Tensor, Tensor] = _LogprobAndEntropy.apply(_at(logits_NV, temperature), targets_N)  # type: ignore[no-untyped-call]
-    return out
-
-
-def _at(logits_NV: Tensor, temperature: float) -> Tensor:
-    return widen(logits_NV) if temperature == 1 else widen(logits_NV) / temperature
-
-
-def widen(x: Tensor) -> Tensor:
-    """At least fp32: half-precision logits are not good enough to take a softmax of."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def sequence_logprobs(
-    model: Any,
-    prompts_ids: Sequence[list[int]],
-    responses_ids: Sequence[list[int]],
-    temperature: float = 1.0,
-    micro_tokens: int = 8192,
-) -> list[Tensor]:
-    """Log-probabilities of the response tokens: a CPU tensor [response length] a row, in order, no gradient."""
-    device = next(model.parameters()).device
-    out: list[Tensor] = [torch.empty(0)] * len(prompts_ids)
-    lengths = [len(p) + len(r) for p, r in zip(prompts_ids, responses_ids, strict=True)]
-    with torch.no_grad(), evaluating(model):  # not inference mode: a caller may go on computing
-        for cut in micro_batches(lengths, micro_tokens):
-            rows = collate([prompts_ids[i] for i in cut], [responses_ids[i] for i in cut], device)
-            logp_N = token_logprobs(response_logits(model, rows), rows.targets_N, temperature).cpu()
-            for i, logp in zip(cut, torch.split(logp_N, rows.counts), strict=True):
-                out[i] = logp.clone()
-    return out
-
-
 def generate(model: Any, prompts_ids: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
     """Sample one response for each prompt, in the order given. `seeds[i]` alone decides the noise of sample i."""
     out: list[Response | None] = [None] * len(prompts_ids)
     with torch.inference_mode(), evaluating(model):
-        step = decode_step(model)
+        steps = _steps_for(model, prompts_ids, sampling)
         for group in decode_groups([len(ids) for ids in prompts_ids], sampling.group):
             given = [prompts_ids[i] for i in group], [seeds[i] for i in group]
-            decoded = _Decoder(model, step, *given, sampling).run()
+            decoded = _Decoder(model, *steps, *given, sampling).run()
             for i, response in zip(group, decoded, strict=True):
                 out[i] = response
     return [response for response in out if response is not None]
@@ -191,13 +72,24 @@ def generate(model: Any, prompts_ids: Sequence[list[int]], seeds: Sequence[int],
 def stream(model: Any, prompt_ids: list[int], seed: int, sampling: Sampling) -> Iterator[int]:
     """The ids of the response that `generate` gives for this prompt and seed, each as it is sampled."""
     with torch.inference_mode(), evaluating(model):
-        steps = _Decoder(model, decode_step(model), [prompt_ids], [seed], sampling).steps()
+        steps = _Decoder(model, *_steps_for(model, [prompt_ids], sampling), [prompt_ids], [seed], sampling).steps()
     while True:
         with torch.inference_mode(), evaluating(model):  # not while the caller holds a token
             sampled = next(steps, None)
         if sampled is None:
             return
         yield sampled[0]
+
+
+def _steps_for(
+    model: Any, prompts_ids: Sequence[list[int]], sampling: Sampling
+) -> tuple[DecodeStep | None, RecordedSteps | None]:
+    """The short cuts that may be taken past the first token of these responses."""
+    step = decode_step(model)
+    if not (prompts_ids and sampling.recorded):
+        return step, None
+    tokens = max(len(ids) for ids in prompts_ids) + sampling.max_new_tokens
+    return step, recorded_steps(model, step, min(len(prompts_ids), sampling.group), tokens)
 
 
 def decode_groups(lengths: Sequence[int], group: int) -> list[list[int]]:
@@ -228,10 +120,10 @@ class _Decoder:
     """One decode group: prompts padded on the left, rows leave as they finish."""
 
     def __init__(
-        self, model: Any, step: DecodeStep | None, prompts: Sequence[list[int]], seeds: Sequence[int],
-        sampling: Sampling,
+        self, model: Any, step: DecodeStep | None, recorded: RecordedSteps | None, prompts: Sequence[list[int]],
+        seeds: Sequence[int], sampling: Sampling,
     ) -> None:  # fmt: skip
-        self.model, self.step, self.sampling = model, step, sampling
+        self.model, self.step, self.recorded, self.sampling = model, step, recorded, sampling
         self.device = next(model.parameters()).device
         longest = max(len(prompt) for prompt in prompts)
         lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
@@ -243,7 +135,7 @@ class _Decoder:
         self.position_BT = (place_T - start_B1).clamp(min=0)
         self.padded = longest > min(len(prompt) for prompt in prompts)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        self.cache = make_cache(model)
+        self.cache = make_cache(model) if recorded is None else recorded.cache()
         self.prompts = prompts
         self.rows = list(range(len(prompts)))  # the row of the group that each row of the batch is
         self.seeds = list(seeds)
@@ -278,9 +170,12 @@ class _Decoder:
                 return
 
     def _forward(self) -> Tensor:
-        if self.step is not None and self.ids_BT.shape[1] == 1 and self.cache.get_seq_length():
-            mask_BT = self.mask_BT if self.padded else None
-            return self.step(self.ids_BT, self.position_BT, mask_BT, self.cache)[:, -1]
+        if self.ids_BT.shape[1] == 1 and self.cache.get_seq_length():
+            if self.recorded is not None:
+                return self.recorded(self.ids_BT, self.position_BT, self.mask_BT.shape[1] - 1, self.cache)
+            if self.step is not None:
+                mask_BT = self.mask_BT if self.padded else None
+                return self.step(self.ids_BT, self.position_BT, mask_BT, self.cache)[:, -1]
         extra: dict[str, Any] = {}
         if self.padded:
             extra["attention_mask"] = self.mask_BT
@@ -315,7 +210,7 @@ class _Decoder:
         position_B1 = self.position_BT[:, -1:] + 1
         if len(keep) < len(tokens):
             keep_K = torch.tensor(keep, device=self.device)
-            self.cache.batch_select_indices(keep_K)
+            (self.recorded or self.cache).batch_select_indices(keep_K)
             token_B, position_B1, self.mask_BT = token_B[keep_K], position_B1[keep_K], self.mask_BT[keep_K]
             self.rows = [self.rows[i] for i in keep]
             if self.sampling.temperature > 0:

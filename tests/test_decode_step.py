@@ -14,7 +14,8 @@ import rlhf.rollout
 from rlhf import decode_step as module
 from rlhf.decode_step import DecodeStep, decode_step
 from rlhf.kv_cache import make_cache
-from rlhf.rollout import generate, sequence_logprobs
+from rlhf.logprobs import sequence_logprobs
+from rlhf.rollout import generate
 
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,

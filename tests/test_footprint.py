@@ -87,11 +87,12 @@ def test_the_shapes_of_reading_passes() -> None:
 
 def test_decoding_holds_a_cache_in_blocks_of_64_tokens_and_noise() -> None:
     """60 + 40 tokens of 3 rows: keys and values * 4 bytes * 2 layers * 1 head * 4 units * 3 rows * 128 tokens. Eight
-    steps of noise, twice in float64 and once in float32."""
+    steps of noise, twice in float64 and once in float32. Recorded: the room of 4 rows and 256 tokens."""
     config = LlamaConfig(
         hidden_size=8, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2, head_dim=4, vocab_size=50
     )
-    assert cache_bytes(config, settings()) == 2 * 4 * 2 * 1 * 4 * 3 * 128
+    assert cache_bytes(config, settings(), recorded=False) == 2 * 4 * 2 * 1 * 4 * 3 * 128
+    assert cache_bytes(config, settings(), recorded=True) == 2 * 4 * 2 * 1 * 4 * 4 * 256
     assert noise_bytes(config, settings()) == 3 * 8 * 50 * 20
 
 

@@ -26,7 +26,7 @@ STAGES = ("sft", "rm", "ppo")
 
 @pytest.fixture
 def decoding_of_37_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_memory, "cache_bytes", lambda *_: 30)
+    monkeypatch.setattr(plan_memory, "cache_bytes", lambda *_, **__: 30)
     monkeypatch.setattr(plan_memory, "noise_bytes", lambda *_: 7)
 
 

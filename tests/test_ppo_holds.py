@@ -30,13 +30,14 @@ from reward_models.trained import TrainedReward
 from rlhf.artifacts import checkpoints, is_intact
 from rlhf.config import ModelConfig
 from rlhf.errors import TrainingError
+from rlhf.logprobs import sequence_logprobs
 from rlhf.models import load_reward_model, save_model
 from rlhf.ppo.checks import check_first_rollout
 from rlhf.ppo.episodes import Episode, compare, estimate
 from rlhf.ppo.roles import Roles
 from rlhf.ppo.update import Learner
 from rlhf.render import load_tokenizer
-from rlhf.rollout import Sampling, generate, seed_of, sequence_logprobs
+from rlhf.rollout import Sampling, generate, seed_of
 from rlhf.tracking import read_lines
 from rlhf.types import Prompt
 from stages import ppo

@@ -33,6 +33,7 @@ from reward_models.trained import TrainedReward
 from rlhf.adapters import Scorer, SharedBase
 from rlhf.config import CriticInit, LoraConfig, ModelConfig
 from rlhf.errors import ConfigError
+from rlhf.logprobs import collate, response_logits, sequence_logprobs, token_logprobs
 from rlhf.lora import add_lora, open_adapter
 from rlhf.models import load_policy, load_reward_model, save_model
 from rlhf.ppo.checks import check_first_rollout
@@ -40,7 +41,7 @@ from rlhf.ppo.episodes import Episode, compare, read_values
 from rlhf.ppo.roles import Critic, Roles, share
 from rlhf.ppo.update import Learner
 from rlhf.render import load_tokenizer
-from rlhf.rollout import collate, generate, response_logits, sequence_logprobs, token_logprobs
+from rlhf.rollout import generate
 from rlhf.scoring import score_ids
 from stages import ppo
 

@@ -29,8 +29,8 @@ from rlhf.adapters import RoleModel
 from rlhf.artifacts import checkpoints
 from rlhf.config import Estimator, KlConfig, LoraConfig
 from rlhf.errors import Preempted
+from rlhf.logprobs import sequence_logprobs
 from rlhf.plan_memory import role_sizes
-from rlhf.rollout import sequence_logprobs
 from stages import ppo
 
 

@@ -20,6 +20,7 @@ from rlhf.config import AlarmAction, AlarmConfig, Estimator, KlConfig, KlPlace, 
 from rlhf.data import DataReport, Loaded
 from rlhf.engine.ppo import Replicas
 from rlhf.errors import ConfigError, TrainingError
+from rlhf.logprobs import sequence_logprobs
 from rlhf.ppo.checkpoint import Progress, averaged, follow
 from rlhf.ppo.engines import check_engine, checked_responses
 from rlhf.ppo.evaluate import Evaluation, win_rate
@@ -27,7 +28,7 @@ from rlhf.ppo.ptx import Document, draw_documents, ptx_documents
 from rlhf.ppo.update import Learner
 from rlhf.ppo.watch import must_stop, note_alarm, note_evaluation
 from rlhf.rewards import build_reward, holdout_node
-from rlhf.rollout import Response, Sampling, sequence_logprobs
+from rlhf.rollout import Response, Sampling
 from rlhf.types import Demonstration, Prompt
 from stages import ppo
 

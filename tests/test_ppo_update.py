@@ -15,13 +15,14 @@ from test_rollout import make
 from rlhf.advantages import gae, rloo, shaped_rewards
 from rlhf.config import KlConfig, PpoConfig, Schedule
 from rlhf.errors import TrainingError
+from rlhf.logprobs import collate
 from rlhf.ppo.checks import check_action_tokens, check_first_rollout, check_placement
 from rlhf.ppo.episodes import Episode, compare, draw, estimate, paid, read_values
 from rlhf.ppo.evaluate import distinct, repeated
 from rlhf.ppo.roles import Roles, assemble
 from rlhf.ppo.update import Learner, rate_factor
 from rlhf.rewards import BuiltReward
-from rlhf.rollout import Sampling, collate, generate
+from rlhf.rollout import Sampling, generate
 from rlhf.types import Prompt
 
 SHAPES = [([3, 4, 5], 1.0), ([7] * 9, -1.0), ([2, 3, 0, 0, 6], 0.5), ([9], 2.0), ([12, 2, 8, 8], 0.0)]

@@ -13,15 +13,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from rlhf.rollout import (
-    Sampling,
-    collate,
-    generate,
-    logprob_and_entropy,
-    response_logits,
-    seed_of,
-    sequence_logprobs,
-)
+from rlhf.logprobs import collate, logprob_and_entropy, response_logits, sequence_logprobs
+from rlhf.rollout import Sampling, generate, seed_of
 from rlhf.scoring import micro_batches
 
 VOCABULARY, EOS = 13, 1

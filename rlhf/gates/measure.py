@@ -14,10 +14,11 @@ import torch
 from rlhf.errors import Invalid
 from rlhf.gates.measured import Loss, Measured, PairLogprobs, RankedRewards, Rows, Sample
 from rlhf.gates.scorers import Scorer, checked_scores
+from rlhf.logprobs import sequence_logprobs
 from rlhf.models import load_policy, load_reward_model
 from rlhf.render import Renderer, load_tokenizer
 from rlhf.rewards import build_reward, part_scores
-from rlhf.rollout import Response, Sampling, generate, seed_of, sequence_logprobs
+from rlhf.rollout import Response, Sampling, generate, seed_of
 from rlhf.scoring import score_ids
 from rlhf.types import Messages
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from rlhf.advantages import shaped_rewards, token_mask
 from rlhf.config import PpoConfig
 from rlhf.errors import TrainingError
+from rlhf.logprobs import collate, evaluating, response_logits, token_logprobs
 from rlhf.ppo.episodes import Episode, estimated
-from rlhf.rollout import collate, evaluating, response_logits, token_logprobs
 from rlhf.scoring import micro_batches
 
 FULL_PRECISION = 1e-4  # max |ratio - 1| in fp32; two orders above what padding and summation order do

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rlhf.advantages import gae, group_norm, rloo, shaped_rewards, token_mask
 from rlhf.config import Estimator, KlPlace, PpoConfig
 from rlhf.engine.ranks import Ranks
+from rlhf.logprobs import collate, sequence_logprobs
 from rlhf.losses import kl_k1, whiten
 from rlhf.ppo.engines import RolloutEngine, checked_responses
 from rlhf.ppo.finite import require_finite
@@ -23,7 +24,7 @@ from rlhf.ppo.roles import Critic, Roles
 from rlhf.ppo.sharing import own_groups
 from rlhf.render import Renderer
 from rlhf.rewards import BuiltReward, Score, checked_scores
-from rlhf.rollout import Sampling, collate, seed_of, sequence_logprobs
+from rlhf.rollout import Sampling, seed_of
 from rlhf.scoring import micro_batches
 from rlhf.types import Prompt
 

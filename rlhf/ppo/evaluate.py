@@ -11,6 +11,7 @@ import torch
 
 from rlhf.config import PpoConfig
 from rlhf.engine.ppo import Placement, Replicas
+from rlhf.logprobs import collate, evaluating, response_logits, sequence_logprobs, widen
 from rlhf.losses import kl_k3
 from rlhf.ppo.engines import RolloutEngine
 from rlhf.ppo.episodes import Episode, rollout, score
@@ -18,7 +19,7 @@ from rlhf.ppo.roles import Roles
 from rlhf.ppo.sharing import each, here
 from rlhf.render import Renderer
 from rlhf.rewards import BuiltReward
-from rlhf.rollout import collate, evaluating, response_logits, seed_of, sequence_logprobs, widen
+from rlhf.rollout import seed_of
 from rlhf.scoring import micro_batches
 from rlhf.types import Prompt
 

@@ -21,10 +21,11 @@ from rlhf.config import Config, CriticInit, LoraConfig
 from rlhf.console import say
 from rlhf.errors import ConfigError
 from rlhf.last_layer import last_layer_at
+from rlhf.logprobs import Rows, widen
 from rlhf.lora import merge_lora, open_adapter
 from rlhf.models import enable_activation_checkpointing, load_policy, load_reward_model, save_model, training_config
 from rlhf.render import load_tokenizer
-from rlhf.rollout import Rows, seed_of, widen
+from rlhf.rollout import seed_of
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,6 +21,7 @@ from torch import Tensor
 from rlhf.config import KlPlace, PpoConfig, Schedule
 from rlhf.engine.ppo import Placement, Replicas, Trainer
 from rlhf.errors import TrainingError
+from rlhf.logprobs import Rows, collate, logprob_and_entropy, response_logits, token_logprobs
 from rlhf.losses import clipped_policy_loss, clipped_value_loss, explained_variance, kl_k3
 from rlhf.ppo.episodes import Episode, estimate, read_values, require_finite_rows
 from rlhf.ppo.finite import require_finite
@@ -28,14 +29,7 @@ from rlhf.ppo.ptx import Document, draw_documents
 from rlhf.ppo.roles import Roles
 from rlhf.ppo.sharing import here as on_this_rank
 from rlhf.ppo.sharing import own_passes, shares
-from rlhf.rollout import (
-    Rows,
-    collate,
-    logprob_and_entropy,
-    response_logits,
-    seed_of,
-    token_logprobs,
-)
+from rlhf.rollout import seed_of
 
 Sums = defaultdict[str, float]
 

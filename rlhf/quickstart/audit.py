@@ -20,10 +20,11 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.errors import LineageError
+from rlhf.logprobs import sequence_logprobs
 from rlhf.quickstart import gold
 from rlhf.quickstart.annotators import case_of
 from rlhf.quickstart.world import Case, Kind, Shop
-from rlhf.rollout import Response, Sampling, generate, seed_of, sequence_logprobs
+from rlhf.rollout import Response, Sampling, generate, seed_of
 from rlhf.statistics import wilson_interval
 
 MODELS = {"base": "base", "SFT": "sft", "PPO": "ppo"}  # the table's column: the key of the folder
