@@ -27,7 +27,7 @@ from rlhf.errors import DataError, Preempted, TrainingError
 from rlhf.ppo import checkpoint, watch
 from rlhf.ppo.checks import check_first_rollout
 from rlhf.ppo.engines import build_engine
-from rlhf.ppo.episodes import Episode, compare, draw, estimate, rollout, score, together
+from rlhf.ppo.episodes import Episode, compare, dealt, draw, estimate, rollout, score, together
 from rlhf.ppo.evaluate import Evaluator, Rewards
 from rlhf.ppo.ptx import ptx_documents
 from rlhf.ppo.roles import load_roles, open_base, save_policy
@@ -89,12 +89,13 @@ class Loop:
 
     def _update(self, update: int) -> dict[str, float]:
         clock = Clock()
-        # 3. Sample from the policy, score the text, compare with the reference: each rank its decode groups.
+        # 3. Sample from the policy, each rank its decode groups; score the text, compare with the reference, each rank
+        # its share of the tokens.
         cfg, state, ranks, whole = self.ppo, self.progress, self.ranks, self.placement.whole
         drawn = draw(self.prompts, self.cfg.seed, update, cfg.batch, cfg.group)
         roles, renderer, paid = self.roles, self.context.renderer, self.rewards.paid
         with whole(roles.policy):
-            own = here(ranks, lambda: rollout(self.engine, roles.policy, renderer, cfg, drawn, ranks))
+            own = dealt(ranks, lambda: rollout(self.engine, roles.policy, renderer, cfg, drawn, ranks))
         clock.lap("time/generate")
         with whole(paid.reward):
             here(ranks, lambda: score(own, paid, renderer, cfg))

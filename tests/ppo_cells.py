@@ -25,7 +25,7 @@ from rlhf.config import EngineConfig, EngineKind
 from rlhf.engine.ppo import place
 from rlhf.engine.ranks import Ranks
 from rlhf.ppo.engines import HfRollout
-from rlhf.ppo.episodes import Episode, compare, draw, estimate, rollout, together
+from rlhf.ppo.episodes import Episode, compare, dealt, draw, estimate, rollout, together
 from rlhf.ppo.roles import Roles, assemble
 from rlhf.ppo.update import Learner
 from rlhf.rollout import Sampling, generate
@@ -101,6 +101,18 @@ def rolled_out(ranks: Ranks, model: Path, group: int) -> list[tuple[list[int], l
     drawn = draw(prompts(5), 0, 1, 10, 2)
     own = rollout(HfRollout(), policy, given.renderer, ppo_config(decode_group=group), drawn, ranks)
     return [(e.ids, e.logp.tolist(), e.text) for e in together(ranks, own)]
+
+
+def dealt_places(ranks: Ranks, lengths: list[int]) -> list[int]:
+    """What each rank gets of episodes of so many tokens that rank 0 alone has sampled."""
+    sampled = [
+        Episode(
+            prompt=Prompt(messages=[], id=str(place)), prompt_ids=[3], ids=[2] * (length - 1), finished=True, text="",
+            place=place, logp=torch.zeros(length - 1),
+        )
+        for place, length in enumerate(lengths)
+    ]  # fmt: skip
+    return [e.place for e in dealt(ranks, lambda: sampled if ranks.is_main else [])]
 
 
 def load(model: Path) -> Any:

@@ -48,6 +48,12 @@ def test_shares_have_about_the_same_tokens() -> None:
     assert shares([3, 1, 2], 1) == [[0, 1, 2]]
 
 
+def test_what_one_rank_has_sampled_is_scored_by_both(pair: TwoRanks) -> None:
+    lengths = [5, 9, 4, 5, 6, 5]
+    assert pair.call(ppo_cells.dealt_places, lengths) == shares(lengths, 2) == [[1, 2, 3], [0, 4, 5]]
+    assert on_one(pair, ppo_cells.dealt_places, lengths) == [0, 1, 2, 3, 4, 5]
+
+
 def test_ranks_that_wait_for_each_other_make_the_same_number_of_passes() -> None:
     lengths = [8, 4, 4]
     passes = [own_passes(lengths, 4, Ranks(rank=rank, size=2), lockstep=True) for rank in (0, 1)]

@@ -5,7 +5,7 @@ Shapes: B episodes, T the longest response, N all response tokens of a micro-bat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from rlhf.losses import kl_k1, whiten
 from rlhf.ppo.engines import RolloutEngine, checked_responses
 from rlhf.ppo.finite import require_finite
 from rlhf.ppo.roles import Critic, Roles
-from rlhf.ppo.sharing import own_groups
+from rlhf.ppo.sharing import each, own_groups, shares
 from rlhf.render import Renderer
 from rlhf.rewards import BuiltReward, Score, checked_scores
 from rlhf.rollout import Sampling, seed_of
@@ -152,11 +152,20 @@ def require_finite_rows(episodes: Sequence[Episode], field_name: str, update: in
     require_finite(not bad, f"rollout {field_name}", update, bad)
 
 
+def dealt(ranks: Ranks, sample: Callable[[], list[Episode]]) -> list[Episode]:
+    """This rank's share, by tokens, of the episodes that `sample` gave on all ranks: what a rank decodes is cut by
+    groups, which are few and of unlike lengths. Errors as `each` has them."""
+    episodes = _in_order(each(ranks, sample))
+    return [episodes[i] for i in shares([e.tokens for e in episodes], ranks.size)[ranks.rank]]
+
+
 def together(ranks: Ranks, episodes: list[Episode]) -> list[Episode]:
     """The episodes of all ranks, in the order of their prompts."""
-    if ranks.size == 1:
-        return episodes
-    return sorted((e for part in ranks.gather(episodes) for e in part), key=lambda e: e.place)
+    return _in_order(ranks.gather(episodes))
+
+
+def _in_order(parts: Sequence[Sequence[Episode]]) -> list[Episode]:
+    return sorted((e for part in parts for e in part), key=lambda e: e.place)
 
 
 def read_values(critic: Critic, episodes: Sequence[Episode], micro_tokens: int) -> list[Tensor]:

@@ -14,7 +14,7 @@ from rlhf.engine.ppo import Placement, Replicas
 from rlhf.logprobs import collate, evaluating, response_logits, sequence_logprobs, widen
 from rlhf.losses import kl_k3
 from rlhf.ppo.engines import RolloutEngine
-from rlhf.ppo.episodes import Episode, rollout, score
+from rlhf.ppo.episodes import Episode, dealt, rollout, score
 from rlhf.ppo.roles import Roles
 from rlhf.ppo.sharing import each, here
 from rlhf.render import Renderer
@@ -103,7 +103,7 @@ class Evaluator:
         """What each rank found about its share of the prompts."""
         cfg, ranks, whole = self.cfg, placement.ranks, placement.whole
         with whole(roles.policy):
-            episodes = here(ranks, lambda: rollout(self.engine, roles.policy, self.renderer, cfg, self.drawn, ranks))
+            episodes = dealt(ranks, lambda: rollout(self.engine, roles.policy, self.renderer, cfg, self.drawn, ranks))
             entropy = here(ranks, lambda: summed_entropy(roles.policy, episodes, cfg))
         with whole(self.built.reward):
             here(ranks, lambda: score(episodes, self.built, self.renderer, cfg))
