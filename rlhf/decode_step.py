@@ -14,21 +14,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rlhf.kv_cache import RoomyLayer, make_cache
+from rlhf.kv_cache import is_roomy, make_cache
 from rlhf.packed import Packed, Product, convenient, side_by_side
-from rlhf.trial import follows_forward
+from rlhf.trial import TriedOnce, follows_forward
 
 PLAIN = ("LlamaAttention", "MistralAttention", "Qwen2Attention")  # rotary positions, one softmax, nothing else
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
 GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP")  # down(act(gate(x)) * up(x))
-
-_usable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 class DecodeStep:
@@ -120,13 +117,11 @@ def decode_step(model: Any) -> DecodeStep | None:
     """A step for `model` over a cache of `make_cache`, or None where its own forward pass has to be used."""
     ready = getattr(model, "ready", None)  # of a role on a shared base
     inner = getattr(model, "inner", model)
-    if not _is_plain(inner) or not all(type(layer) is RoomyLayer for layer in make_cache(inner).layers):
-        return None  # a sliding window has a cache layer of its own
+    if not _is_plain(inner) or not is_roomy(inner):
+        return None
     if ready is not None:
         ready()
-    if inner not in _usable:
-        _usable[inner] = _same_as_forward(inner)
-    return DecodeStep(inner, ready) if _usable[inner] else None
+    return DecodeStep(inner, ready) if _usable(inner) else None
 
 
 def _is_plain(model: Any) -> bool:
@@ -142,7 +137,7 @@ def _is_plain(model: Any) -> bool:
 
 
 def _same_as_forward(model: Any) -> bool:
-    def by_step(ids_B1: Tensor, position_B1: Tensor, mask_BT: Tensor, cache: Any) -> Tensor:
-        return DecodeStep(model)(ids_B1, position_B1, mask_BT, cache)
+    return follows_forward(model, make_cache(model), partial(DecodeStep, model))
 
-    return follows_forward(model, partial(make_cache, model), by_step)
+
+_usable = TriedOnce(_same_as_forward)

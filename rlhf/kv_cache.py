@@ -84,3 +84,8 @@ def make_cache(model: Any, reserve: tuple[int, int] = (0, 0)) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer(reserve) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def is_roomy(model: Any) -> bool:
+    """True if all layers of the model's cache are ours: none has a sliding window or a state."""
+    return all(type(layer) is RoomyLayer for layer in make_cache(model).layers)

@@ -13,17 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from rlhf.trial import UNLIKE, alike
+from rlhf.trial import UNLIKE, TriedOnce, alike
 
 BLOCKS = ("mlp", "self_attn.q_proj", "self_attn.o_proj")  # of a layer, by the library's usual names
 PROBE = 8  # tokens of the row that a model is tried on
-
-_usable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -42,14 +39,12 @@ def usable_blocks(model: Any) -> list[nn.Module]:
     inner = getattr(model, "inner", model)  # of a role on a shared base
     body = getattr(inner, "base_model", inner)
     blocks = _blocks(body)
-    if blocks and body not in _usable:
-        _usable[body] = _same_as_whole(body, blocks)
-    return blocks if blocks and _usable[body] else []
+    return blocks if blocks and _usable(body, blocks) else []
 
 
 def trust_blocks(model: Any) -> None:
     """Do not try a model that has no data to be tried with: its blocks, if it has them, may run at some places only."""
-    _usable[model] = True
+    _usable.trust(model)
 
 
 @contextmanager
@@ -110,3 +105,6 @@ def _same_as_whole(body: Any, blocks: list[nn.Module]) -> bool:
     finally:
         body.train(was_training)
     return alike(whole_BTD[0, take_N], some_BTD[0, take_N])
+
+
+_usable = TriedOnce(_same_as_whole)

@@ -72,5 +72,6 @@ class Packed:
 
 
 def convenient(rows: int) -> int:
-    """At least `rows`, and one of few numbers: oneDNN keeps a program of half a megabyte for each that it has met."""
+    """At least `rows`, and one of few numbers: oneDNN keeps a program of half a megabyte for each that it has met, and
+    a GPU a recording (`rlhf.recorded`)."""
     return next((step for step in STEPS if step >= rows), -(-rows // ROWS) * ROWS)

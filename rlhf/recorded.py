@@ -12,10 +12,12 @@ a head, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,35 +25,62 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from rlhf.console import say
 from rlhf.decode_step import DecodeStep
-from rlhf.kv_cache import RoomyLayer, make_cache, move_rows
+from rlhf.errors import ConfigError
+from rlhf.kv_cache import is_roomy, make_cache, move_rows
 from rlhf.packed import convenient
-from rlhf.trial import PROBE, follows_forward
+from rlhf.trial import PROBE, TriedOnce, follows_forward
 
 SPAN = 256  # tokens; a multiple of it is what attention reads
-
-Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
-
-_usable: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
+SWITCH = "RLHF_CUDA_GRAPHS"  # 0: record nothing
 
 
-def cuda_graph(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """What does `work` again, in place, and where its result is after that.
+class Recorder(Protocol):
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """What does `work` again, in place, and where its result is after that. `work` may be done more than once."""
 
-    `work` must only queue kernels, and may be done twice. https://docs.pytorch.org/docs/stable/notes/cuda.html
+
+class CudaGraphs:
+    """Recordings that share their memory, so that the result of one may be lost when another is replayed.
+
+    https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
-    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has not typed it
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        work()  # what libraries set up on their first call on a stream cannot be recorded
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    # NCCL's watchdog is a thread that asks CUDA questions; only this thread's may spoil a recording.
-    with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-        result = work()
-    return graph.replay, result
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has not typed it
+
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        before = torch.cuda.current_stream()
+        self.stream.wait_stream(before)
+        with torch.cuda.stream(self.stream):
+            work()  # what libraries set up on their first call on a stream cannot be recorded
+            with _no_waiting():  # a recording that fails would leave torch's random state in disorder
+                work()
+        before.wait_stream(self.stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # NCCL's watchdog is a thread that asks CUDA questions; only this thread's may spoil a recording.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                result = work()
+        finally:
+            torch.cuda.set_stream(before)  # a recording that fails to end does not go back by itself
+        return graph.replay, result
 
 
-RECORDERS: dict[str, Recorder] = {"cuda": cuda_graph}  # by type of device
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """RuntimeError where the CPU would wait for the GPU, as a copy from memory or the reading of a value does."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this does not see all of them
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+RECORDERS: dict[str, Callable[[], Recorder]] = {"cuda": CudaGraphs}  # by type of device
 
 
 class _FixedLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no types
@@ -67,10 +96,6 @@ class _FixedLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no 
         self.values.index_copy_(2, self.place_1, value_states)
         return self.keys, self.values
 
-    def get_seq_length(self) -> int:
-        """For what a model does with it beside the positions and the mask that it is given: the most there can be."""
-        return int(self.keys.shape[-2]) - 1
-
 
 class RecordedSteps:
     """The steps of one round of sampling: recordings hold the addresses of weights and cache.
@@ -84,19 +109,19 @@ class RecordedSteps:
         device = next(model.parameters()).device
         self.ids_R1, self.start_R1 = torch.zeros(2, self.most[0], 1, dtype=torch.long, device=device)
         self.place_1 = torch.zeros(1, dtype=torch.long, device=device)
-        self.rooms: list[list[Tensor]] = []  # of each layer: keys and values, the memory of all groups' caches
+        self.layers: list[Any] = []  # of the latest cache
         self.recordings: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}
 
     def cache(self) -> Any:
         """A cache for the prompts of a group. Once they are in it, it is this object's to write and to thin out."""
         cache = make_cache(self.model, self.most)
-        for layer, room in zip(cache.layers, self.rooms, strict=bool(self.rooms)):
-            layer.room = room
+        for layer, before in zip(cache.layers, self.layers, strict=False):
+            layer.room = before.room  # recordings hold its address
+        self.layers = cache.layers
         return cache
 
-    def __call__(self, ids_B1: Tensor, position_B1: Tensor, length: int, cache: Any) -> Tensor:
-        """logits_BV for tokens that go to place `length` of `cache`; they are overwritten by the next step."""
-        self.rooms = self.rooms or [layer.room for layer in cache.layers]
+    def __call__(self, ids_B1: Tensor, position_B1: Tensor, length: int) -> Tensor:
+        """logits_BV for tokens that go to place `length` of the latest cache; the next step overwrites them."""
         rows = len(ids_B1)
         self.ids_R1[:rows], self.start_R1[:rows] = ids_B1, length - position_B1
         self.place_1.fill_(length)
@@ -109,8 +134,9 @@ class RecordedSteps:
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows that `fill_holes` says."""
-        for room in self.rooms:
-            move_rows(room, indices.tolist())
+        places = indices.tolist()
+        for layer in self.layers:
+            move_rows(layer.room, places)
 
     def _forward(self, rows: int, tokens: int) -> Tensor:
         start_R1 = self.start_R1[:rows]
@@ -118,7 +144,7 @@ class RecordedSteps:
         mask_RS = (place_S >= start_R1) & (place_S <= self.place_1)
         position_R1 = self.place_1 - start_R1
         cache = DynamicCache()
-        cache.layers = [_FixedLayer(room, rows, tokens, self.place_1) for room in self.rooms]
+        cache.layers = [_FixedLayer(layer.room, rows, tokens, self.place_1) for layer in self.layers]
         if self.step is not None:
             return self.step(self.ids_R1[:rows], position_R1, mask_RS, cache)[:, -1]
         logits_R1V: Tensor = self.model(
@@ -130,24 +156,38 @@ class RecordedSteps:
 
 def recorded_steps(model: Any, step: DecodeStep | None, rows: int, tokens: int) -> RecordedSteps | None:
     """Recorded steps for a round of sampling from `model`, or None where there is no recorder or no trust in it."""
-    record = RECORDERS.get(next(model.parameters()).device.type)
+    recorder = RECORDERS.get(next(model.parameters()).device.type)
     inner = getattr(model, "inner", model)
-    if record is None or not all(type(layer) is RoomyLayer for layer in make_cache(inner).layers):
-        return None  # a sliding window would need a layer of its own
-    if inner not in _usable:
-        _usable[inner] = _same_as_forward(model, step, record)
-        if not _usable[inner]:
-            say(f"{type(inner).__name__} cannot be recorded: each of its steps of decoding is started kernel by kernel")
-    return RecordedSteps(model, step, rows, tokens, record) if _usable[inner] else None
+    if recorder is None or _switched_off() or not is_roomy(inner):
+        return None
+    if any(module._forward_hooks or module._forward_pre_hooks for module in inner.modules()):
+        return None  # they would run while a step is recorded and never again
+    return RecordedSteps(model, step, rows, tokens, recorder()) if _usable(inner, model, step, recorder) else None
 
 
-def _same_as_forward(model: Any, step: DecodeStep | None, record: Recorder) -> bool:
-    steps = RecordedSteps(model, step, 2, PROBE, record)
+def _switched_off() -> bool:
+    said = os.environ.get(SWITCH, "1")
+    if said not in ("0", "1"):
+        raise ConfigError(f"{SWITCH}={said}: it is 0 (start each kernel of a decode step) or 1 (replay recorded steps)")
+    return said == "0"
 
-    def by_recording(ids_B1: Tensor, position_B1: Tensor, mask_BT: Tensor, cache: Any) -> Tensor:
-        return steps(ids_B1, position_B1, mask_BT.shape[1] - 1, cache).unsqueeze(1)
 
-    return follows_forward(model, steps.cache, by_recording)
+def _same_as_forward(inner: Any, model: Any, step: DecodeStep | None, recorder: Callable[[], Recorder]) -> bool:
+    """`model` is `inner`, or a role on it as a shared base."""
+    steps = RecordedSteps(model, step, 2, PROBE, recorder())
+
+    def by_recording(ids_B1: Tensor, position_B1: Tensor, mask_BT: Tensor, _cache: Any) -> Tensor:
+        return steps(ids_B1, position_B1, mask_BT.shape[1] - 1).unsqueeze(1)
+
+    # Only SDPA takes a mask of truth values as one: written out, attention adds it.
+    by_sdpa = step is not None or inner.config._attn_implementation == "sdpa"
+    usable = by_sdpa and follows_forward(model, steps.cache(), lambda: by_recording)
+    if not usable:
+        say(f"{type(inner).__name__} cannot be recorded: each of its steps of decoding is started kernel by kernel")
+    return usable
+
+
+_usable = TriedOnce(_same_as_forward)
 
 
 def spanned(tokens: int) -> int:

@@ -30,14 +30,12 @@ NOISE_STEPS, NOISE_BLOCK = 8, 1 << 16  # what a generator draws ahead, steps and
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to sample. `temperature` 0 takes the likeliest token; `group` rows are decoded together; `recorded` lets a
-    GPU replay recorded steps (`rlhf.recorded`)."""
+    """How to sample. `temperature` 0 takes the likeliest token; `group` rows are decoded together."""
 
     temperature: float
     max_new_tokens: int
     eos_id: int
     group: int = 64
-    recorded: bool = True
 
 
 @dataclass(kw_only=True, slots=True)
@@ -86,9 +84,7 @@ def _steps_for(
 ) -> tuple[DecodeStep | None, RecordedSteps | None]:
     """The short cuts that may be taken past the first token of these responses."""
     step = decode_step(model)
-    if not (prompts_ids and sampling.recorded):
-        return step, None
-    tokens = max(len(ids) for ids in prompts_ids) + sampling.max_new_tokens
+    tokens = max((len(ids) for ids in prompts_ids), default=0) + sampling.max_new_tokens
     return step, recorded_steps(model, step, min(len(prompts_ids), sampling.group), tokens)
 
 
@@ -172,7 +168,7 @@ class _Decoder:
     def _forward(self) -> Tensor:
         if self.ids_BT.shape[1] == 1 and self.cache.get_seq_length():
             if self.recorded is not None:
-                return self.recorded(self.ids_BT, self.position_BT, self.mask_BT.shape[1] - 1, self.cache)
+                return self.recorded(self.ids_BT, self.position_BT, self.mask_BT.shape[1] - 1)
             if self.step is not None:
                 mask_BT = self.mask_BT if self.padded else None
                 return self.step(self.ids_BT, self.position_BT, mask_BT, self.cache)[:, -1]

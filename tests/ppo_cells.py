@@ -24,6 +24,7 @@ from rlhf import rollout as rollout_module
 from rlhf.config import EngineConfig, EngineKind
 from rlhf.engine.ppo import place
 from rlhf.engine.ranks import Ranks
+from rlhf.ppo import evaluate
 from rlhf.ppo.engines import HfRollout
 from rlhf.ppo.episodes import Episode, compare, dealt, draw, estimate, rollout, together
 from rlhf.ppo.roles import Roles, assemble
@@ -113,6 +114,27 @@ def dealt_places(ranks: Ranks, lengths: list[int]) -> list[int]:
         for place, length in enumerate(lengths)
     ]  # fmt: skip
     return [e.place for e in dealt(ranks, lambda: sampled if ranks.is_main else [])]
+
+
+def scored_rows(ranks: Ranks, folder: Path, model: Path) -> list[int]:
+    """How many episodes this rank scores in an update and in an evaluation, where one decode group holds them all."""
+    given = context(folder, model)
+    given.ranks = ranks
+    cfg = config(batch=12, minibatch=6, decode_group=64)
+    cfg.engine = EngineConfig(kind=EngineKind.ddp if ranks.size > 1 else EngineKind.single)
+    loop, counted, score = ppo.Loop(cfg, given), list[int](), ppo.score
+
+    def counting(episodes: Any, *arguments: Any) -> None:
+        counted.append(len(episodes))
+        score(episodes, *arguments)
+
+    ppo.score = evaluate.score = counting
+    try:
+        loop._evaluated(0)
+        loop._update(1)
+    finally:
+        ppo.score = evaluate.score = score
+    return counted
 
 
 def load(model: Path) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pipeline_lab import Lab, flip_a_byte
 
 from rlhf import plan_memory
@@ -26,7 +27,7 @@ STAGES = ("sft", "rm", "ppo")
 
 @pytest.fixture
 def decoding_of_37_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_memory, "cache_bytes", lambda *_, **__: 30)
+    monkeypatch.setattr(plan_memory, "cache_bytes", lambda *_, recorded: 80 if recorded else 30)
     monkeypatch.setattr(plan_memory, "noise_bytes", lambda *_: 7)
 
 
@@ -222,3 +223,11 @@ def test_only_the_policy_is_packed_and_only_in_float32(
     sizes = [("ppo policy", 1000, 1000), ("ppo reference", 1000, 0), ("ppo reward × 3", 3000, 0)]
     run = Run(lab.config(model__dtype=dtype, launch=LaunchConfig(device="cpu")), read_only=True)
     assert plan_memory.stage_peak(run, "ppo", sizes)[2] == 537 + packed
+
+
+@pytest.mark.usefixtures("decoding_of_37_bytes")
+def test_on_a_gpu_the_cache_has_the_room_of_recorded_steps(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_memory, "_pass", lambda *_: 500.0)
+    run = Run(lab.config(), read_only=True)
+    run.device = torch.device("cuda")
+    assert plan_memory.stage_peak(run, "ppo", [("ppo policy", 1000, 1000)])[2] == 500 + 80 + 7

@@ -54,6 +54,14 @@ def test_what_one_rank_has_sampled_is_scored_by_both(pair: TwoRanks) -> None:
     assert on_one(pair, ppo_cells.dealt_places, lengths) == [0, 1, 2, 3, 4, 5]
 
 
+def test_one_decode_group_is_work_for_both(tmp_path: Path, pair: TwoRanks, tiny_model: Path) -> None:
+    """In an evaluation and in an update; the rank that decodes nothing scores half."""
+    one = on_one(pair, ppo_cells.scored_rows, tmp_path / "one", tiny_model)
+    both = pair.call(ppo_cells.scored_rows, tmp_path / "two", tiny_model)
+    assert [sum(parts) for parts in zip(*both, strict=True)] == one and one[1] == 12
+    assert all(min(parts) > 0 for parts in zip(*both, strict=True))
+
+
 def test_ranks_that_wait_for_each_other_make_the_same_number_of_passes() -> None:
     lengths = [8, 4, 4]
     passes = [own_passes(lengths, 4, Ranks(rank=rank, size=2), lockstep=True) for rank in (0, 1)]

@@ -8,7 +8,6 @@ The start-up checks hold an engine to what it says: log-probabilities that are n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 from rlhf.errors import ConfigError, TrainingError
@@ -27,19 +26,13 @@ class RolloutEngine(Protocol):
 
 
 class HfRollout:
-    """Our decode loop over the model's forward pass and a key-value cache (rlhf.rollout). Needs nothing else.
-
-    recorded: let a GPU replay steps that were recorded as CUDA graphs (rlhf.recorded); false starts each kernel.
-    """
-
-    def __init__(self, recorded: bool = True) -> None:
-        self.recorded = recorded
+    """Our decode loop over the model's forward pass and a key-value cache (rlhf.rollout). Needs nothing else."""
 
     def generate(
         self, policy: Any, prompts_ids: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling
     ) -> list[Response]:
         """See rlhf.rollout.generate."""
-        return generate(policy, prompts_ids, seeds, replace(sampling, recorded=self.recorded))
+        return generate(policy, prompts_ids, seeds, sampling)
 
 
 def check_engine(node: Any) -> None:
