@@ -14,6 +14,7 @@ from rlhf.manifest import read_manifest
 from rlhf.members import fold_numbers
 from rlhf.models import check_positions
 from rlhf.ppo.engines import check_engine
+from rlhf.recorded import switched_off
 from rlhf.rewards import check_ensemble, check_reward, holdout_node
 from rlhf.rundir import RunDir
 
@@ -31,6 +32,7 @@ def check_batches(run: Run, stages: tuple[str, ...]) -> None:
 
 def validate(run: Run, stages: tuple[str, ...]) -> None:
     """Read every file that the stages will need, before any weight is loaded."""
+    switched_off()  # of recorded decoding: that it is said as it can be read
     _check_parents_outside(run, stages)
     trained = [s for s in stages if not stage_config(run.cfg, s).artifact]
     if trained:

@@ -52,11 +52,13 @@ class CudaGraphs:
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         before = torch.cuda.current_stream()
         self.stream.wait_stream(before)
-        with torch.cuda.stream(self.stream):
-            work()  # what libraries set up on their first call on a stream cannot be recorded
-            with _no_waiting():  # a recording that fails would leave torch's random state in disorder
-                work()
-        before.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                work()  # what libraries set up on their first call on a stream cannot be recorded
+                with _no_waiting():  # a recording that fails leaves torch's allocator in disorder
+                    work()
+        finally:
+            before.wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
         try:
             # NCCL's watchdog is a thread that asks CUDA questions; only this thread's may spoil a recording.
@@ -118,6 +120,7 @@ class RecordedSteps:
         for layer, before in zip(cache.layers, self.layers, strict=False):
             layer.room = before.room  # recordings hold its address
         self.layers = cache.layers
+        self.start_R1.zero_()  # spare rows read at least the place that they write
         return cache
 
     def __call__(self, ids_B1: Tensor, position_B1: Tensor, length: int) -> Tensor:
@@ -158,14 +161,15 @@ def recorded_steps(model: Any, step: DecodeStep | None, rows: int, tokens: int) 
     """Recorded steps for a round of sampling from `model`, or None where there is no recorder or no trust in it."""
     recorder = RECORDERS.get(next(model.parameters()).device.type)
     inner = getattr(model, "inner", model)
-    if recorder is None or _switched_off() or not is_roomy(inner):
+    if switched_off() or recorder is None or not is_roomy(inner):
         return None
     if any(module._forward_hooks or module._forward_pre_hooks for module in inner.modules()):
         return None  # they would run while a step is recorded and never again
     return RecordedSteps(model, step, rows, tokens, recorder()) if _usable(inner, model, step, recorder) else None
 
 
-def _switched_off() -> bool:
+def switched_off() -> bool:
+    """True if the environment says so; ConfigError if it says anything but 0 or 1."""
     said = os.environ.get(SWITCH, "1")
     if said not in ("0", "1"):
         raise ConfigError(f"{SWITCH}={said}: it is 0 (start each kernel of a decode step) or 1 (replay recorded steps)")

@@ -33,7 +33,7 @@ class Tape(TorchDispatchMode):
 
 
 def tape(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """As `rlhf.recorded.cuda_graph`."""
+    """As `rlhf.recorded.CudaGraphs`."""
     work()
     with Tape() as taken:
         result = work()

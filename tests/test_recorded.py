@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from lora_toys import disturb, roles_of
+from pipeline_lab import Lab
 from tape import tape
 from test_decode_step import SIZES, assert_logprobs_of, of_kind
 from test_rollout import EOS, PROMPTS, SEEDS, make, sampling
@@ -17,6 +19,7 @@ from rlhf.errors import ConfigError
 from rlhf.kv_cache import BLOCK, RoomyLayer
 from rlhf.packed import convenient
 from rlhf.rollout import decode_groups, generate, stream
+from rlhf.trial import alike
 
 MANY = PROMPTS * 3
 SEEDS_OF_MANY = [seed + copy for copy in range(3) for seed in SEEDS]
@@ -156,19 +159,27 @@ def test_what_cannot_be_recorded_is_decoded_as_always(
     assert capsys.readouterr().out.count(f"{type(model).__name__} cannot be recorded") == 1
 
 
-@pytest.mark.parametrize("why", ["window", "hook"])
+@pytest.mark.parametrize("why", ["window", "hook", "pre-hook"])
 def test_what_recordings_are_not_made_for_is_not_tried(why: str, shapes: list[tuple[int, int]]) -> None:
     model = model_of("window" if why == "window" else "gpt2")
     if why == "hook":
         model.transformer.ln_f.register_forward_hook(lambda *_: None)
+    if why == "pre-hook":
+        model.transformer.ln_f.register_forward_pre_hook(lambda *_: None)
     generate(model, PROMPTS, SEEDS, sampling())
     assert not shapes
 
 
-def test_the_switch_says_what_it_takes(shapes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_switch_says_what_it_takes_before_anything_trains(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(recorded.SWITCH, "off")
     with pytest.raises(ConfigError, match=r"RLHF_CUDA_GRAPHS=off: it is 0 .* or 1"):
-        generate(model_of("gpt2"), PROMPTS, SEEDS, sampling())
+        lab.run()
+    assert not lab.trained
+
+
+def test_what_passes_a_trial_in_half_precision() -> None:
+    whole = torch.ones(4, dtype=torch.bfloat16)
+    assert alike(whole, 0.98 * whole) and not alike(whole, 0.8 * whole)
 
 
 def test_room_is_made_at_once_and_holds_nothing_that_is_no_number() -> None:
@@ -207,9 +218,16 @@ def test_cuda_graphs_in_half_precision(kind: str) -> None:
 
 
 @CUDA
-def test_a_step_that_waits_leaves_the_random_state_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_step_that_waits_leaves_nothing_in_disorder(checked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found out before it is recorded, or, where the check does not see it, while it is."""
     model = model_of("gpt2").cuda()
     norm = model.transformer.ln_f.forward
     monkeypatch.setattr(model.transformer.ln_f, "forward", lambda x: norm(x * float(x.new_ones(()))))
-    generate(model, PROMPTS, SEEDS, sampling())
-    assert not recorded._usable.passed[model] and torch.rand(2, device="cuda").numel() == 2
+    if not checked:
+        monkeypatch.setattr(recorded, "_no_waiting", nullcontext)
+    plain = unrecorded(model, PROMPTS, SEEDS, sampling())
+    assert same(generate(model, PROMPTS, SEEDS, sampling()), plain)
+    assert not recorded._usable.passed[model]
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.cuda.get_sync_debug_mode() == 0 and torch.rand(2, device="cuda").numel() == 2
