@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from rlhf.kv_cache import is_roomy, make_cache
 from rlhf.packed import Packed, Product, convenient, side_by_side
-from rlhf.trial import TriedOnce, follows_forward
+from rlhf.trial import TriedOnce, follows_forward, hooked
 
 PLAIN = ("LlamaAttention", "MistralAttention", "Qwen2Attention")  # rotary positions, one softmax, nothing else
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
@@ -131,8 +131,8 @@ def _is_plain(model: Any) -> bool:
         return False
     blocks = [getattr(layer, name) for layer in layers for name in ("self_attn", "mlp") if hasattr(layer, name)]
     skipped = [model, body, *layers, *blocks]
-    if any(module._forward_hooks or module._forward_pre_hooks for module in skipped):
-        return False  # they would not run
+    if hooked(skipped):
+        return False
     return all(type(getattr(layer, "self_attn", None)).__name__ in PLAIN for layer in layers)
 
 

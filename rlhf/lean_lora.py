@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rlhf.trial import hooked
+
 
 def make_lean(layer: Any) -> None:
     """Let a layer that peft has adapted run as here wherever that is the same arithmetic; once is enough."""
@@ -31,7 +33,7 @@ def effective_weight(layer: Any) -> Tensor | None:
     does anything else (another kind of layer, hooks, a quantised or sharded weight, DoRA, an adapter's own bias)."""
     from_peft = hasattr(layer, "base_layer")
     base = layer.base_layer if from_peft else layer
-    if type(base) is not nn.Linear or any(m._forward_hooks or m._forward_pre_hooks for m in (layer, base)):
+    if type(base) is not nn.Linear or hooked((layer, base)):
         return None
     weight_OI: Tensor = base.weight
     if weight_OI.shape != (base.out_features, base.in_features):

@@ -28,7 +28,7 @@ from rlhf.decode_step import DecodeStep
 from rlhf.errors import ConfigError
 from rlhf.kv_cache import is_roomy, make_cache, move_rows
 from rlhf.packed import convenient
-from rlhf.trial import PROBE, TriedOnce, follows_forward
+from rlhf.trial import PROBE, TriedOnce, follows_forward, hooked
 
 SPAN = 256  # tokens; a multiple of it is what attention reads
 SWITCH = "RLHF_CUDA_GRAPHS"  # 0: record nothing
@@ -163,7 +163,7 @@ def recorded_steps(model: Any, step: DecodeStep | None, rows: int, tokens: int) 
     inner = getattr(model, "inner", model)
     if switched_off() or recorder is None or not is_roomy(inner):
         return None
-    if any(module._forward_hooks or module._forward_pre_hooks for module in inner.modules()):
+    if hooked(inner.modules()):
         return None  # they would run while a step is recorded and never again
     return RecordedSteps(model, step, rows, tokens, recorder()) if _usable(inner, model, step, recorder) else None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,6 +13,11 @@ from torch import Tensor, nn
 UNLIKE = (TypeError, ValueError, RuntimeError, AttributeError, IndexError)
 PROBE = 6  # tokens of the rows that a step of decoding is tried on
 STEPS = 2  # of them sampled: what a first step leaves behind is used by the next
+
+
+def hooked(modules: Iterable[nn.Module]) -> bool:
+    """True if one of them has a forward hook, which a short cut past its call would not run."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 class TriedOnce:

@@ -55,6 +55,17 @@ def assert_logprobs_of(model: Any, responses: list[Any], atol: float) -> None:
         torch.testing.assert_close(torch.tensor(response.logprobs, dtype=logp.dtype), logp, rtol=0, atol=atol)
 
 
+def assert_each_round_has_its_weights(model: Any, atol: float) -> None:
+    """Other responses once the weights have changed, and those that the new weights give."""
+    first = generate(model, PROMPTS, SEEDS, sampling())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.8)
+    second = generate(model, PROMPTS, SEEDS, sampling())
+    assert [r.ids for r in first] != [r.ids for r in second]
+    assert_logprobs_of(model, second, atol)
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
 def test_what_is_sampled_is_what_the_forward_pass_gives(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four query heads on two key-value heads, prompts of several lengths, rows that leave. Qwen2 has biases."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lora_toys import disturb, roles_of
-from test_decode_step import assert_logprobs_of, of_kind
+from test_decode_step import assert_each_round_has_its_weights, assert_logprobs_of, of_kind
 from test_lean_lora import adapted
 from test_rollout import PROMPTS, SEEDS, sampling
 from torch import Tensor, nn
@@ -107,14 +107,7 @@ def test_an_adapter_that_is_more_than_a_product_runs_itself(settings: dict[str, 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_each_round_of_sampling_has_the_weights_of_its_time(kind: str) -> None:
-    model = of_kind(kind, torch.float32)
-    first = generate(model, PROMPTS, SEEDS, sampling())
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(0.8)
-    second = generate(model, PROMPTS, SEEDS, sampling())
-    assert [r.ids for r in first] != [r.ids for r in second]
-    assert_logprobs_of(model, second, atol=2e-5)
+    assert_each_round_has_its_weights(of_kind(kind, torch.float32), atol=2e-5)
 
 
 def test_a_role_on_a_shared_base_is_sampled_with_its_adapter() -> None:

@@ -84,10 +84,16 @@ def test_the_micro_batch_changes_neither_losses_nor_gradients(
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("micro_tokens", [1, 20, 4096])
 def test_the_first_rollout_passes_the_start_up_checks_for_any_cut(kind: str, micro_tokens: int) -> None:
+    """And one response, the last of the last minibatch, whose log-probabilities are others does not."""
     cfg = ppo_config(micro_tokens=micro_tokens)
     roles = roles_of(kind)
     episodes = episodes_of(roles, cfg)
-    check_first_rollout(roles.policy, episodes, [episodes[:2], episodes[2:]], cfg)
+    minibatches = [episodes[:2], episodes[2:]]
+    check_first_rollout(roles.policy, episodes, minibatches, cfg)
+    for noted in (episodes[-1].logp, episodes[-1].reference):
+        noted += 2e-4
+    with pytest.raises(TrainingError, match="`ratio == 1`"):
+        check_first_rollout(roles.policy, episodes, minibatches, cfg)
 
 
 def test_each_start_up_check_names_itself() -> None:
